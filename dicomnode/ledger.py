@@ -1,0 +1,419 @@
+"""The ledger: what came, what was decided and why, what was done, what was sent. One sqlite3 file, owned by all processes.
+
+Write-ahead log and synchronous=FULL: a commit that returned is on disk (https://www.sqlite.org/pragma.html#pragma_synchronous).
+Every change of state is one transaction together with its event row. Two processes may hold a Ledger on the same file;
+threads of one process may share one Ledger.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sqlite3
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+from dicomnode.errors import LedgerCorrupt, NotFound, TransitionRefused
+from dicomnode.states import may_follow
+
+__all__ = ["SCHEMA_VERSION", "InstanceRow", "Kept", "Ledger", "NewJob"]
+
+SCHEMA_VERSION = 1
+Kept = Literal["new", "repeat", "conflict"]
+
+
+def _statements() -> dict[str, str]:
+    text = files("dicomnode").joinpath("ledger.sql").read_text(encoding="utf-8")
+    parts = re.split(r"^-- name: (\w+)\n", text, flags=re.MULTILINE)[1:]
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+SQL = _statements()
+
+
+@dataclass(frozen=True)
+class InstanceRow:
+    """One received object, already safe on disk under `path` (relative to the data directory)."""
+
+    sop_instance_uid: str
+    sop_class_uid: str
+    study_uid: str
+    series_uid: str
+    transfer_syntax_uid: str
+    path: str
+    bytes: int
+    sha256: str
+    calling_ae: str
+    address: str
+    received_at: float
+    position: tuple[float, ...] | None = None
+    orientation: tuple[float, ...] | None = None
+    frames: int = 1
+    modality: str = ""
+    accession_number: str = ""
+    series_number: str = ""
+    series_description: str = ""
+
+
+@dataclass(frozen=True)
+class NewJob:
+    """One derived series to make: `identity` digests inputs, method, full settings and software version."""
+
+    identity: str
+    series_uid: str
+    study_uid: str
+    guide_series_uid: str | None
+    route: str
+    method: str
+    preset: str
+    settings: Mapping[str, Any]
+    send_to: tuple[str, ...]
+    inputs: tuple[str, ...]
+    priority: int = 0
+
+
+class Ledger:
+    """Opens (and at first use creates) the ledger at `path`.
+
+    Raises LedgerCorrupt where the file is damaged or written by a newer version.
+    """
+
+    def __init__(self, path: Path, *, timeout_s: float = 30.0) -> None:
+        self.path = Path(path)
+        self._lock = threading.RLock()
+        try:
+            self._db = sqlite3.connect(self.path, timeout=timeout_s, isolation_level=None, check_same_thread=False)
+            self._db.row_factory = sqlite3.Row
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute("PRAGMA synchronous=FULL")
+            self._db.execute("PRAGMA foreign_keys=ON")
+            version = self._db.execute("PRAGMA user_version").fetchone()[0]
+            if version == 0:
+                # IF NOT EXISTS throughout: two processes that start at once both succeed.
+                self._db.executescript(SQL["schema"])
+                self._db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+            elif version != SCHEMA_VERSION:
+                raise LedgerCorrupt(
+                    f"ledger {self.path} has schema version {version}, this software knows {SCHEMA_VERSION}. "
+                    "Remedy: run the software version that wrote it."
+                )
+        except sqlite3.DatabaseError as error:
+            raise LedgerCorrupt(
+                f"ledger {self.path} cannot be opened: {error}. Remedy: keep the file, restore it from a backup."
+            ) from error
+
+    def close(self) -> None:
+        with self._lock:
+            self._db.close()
+
+    def __enter__(self) -> Ledger:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def check(self) -> None:
+        """Read every page of the file. Raises LedgerCorrupt with what sqlite found."""
+        try:
+            found = [row[0] for row in self._query("PRAGMA quick_check")]
+        except sqlite3.DatabaseError as error:
+            found = [str(error)]
+        if found != ["ok"]:
+            raise LedgerCorrupt(f"ledger {self.path} is damaged: {found[0]}. Remedy: stop the node, restore a backup.")
+
+    # --- basics
+
+    @contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """One transaction, visible to others whole or not at all; durable when the block is left. Nests."""
+        with self._lock:
+            if self._db.in_transaction:
+                yield self._db
+                return
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._db
+            except BaseException:
+                self._db.execute("ROLLBACK")
+                raise
+            self._db.execute("COMMIT")
+
+    def _query(self, sql: str, parameters: Mapping[str, Any] | Sequence[Any] = ()) -> list[sqlite3.Row]:
+        with self._lock:
+            return self._db.execute(sql, parameters).fetchall()
+
+    def _one(self, sql: str, parameters: Sequence[Any]) -> dict[str, Any] | None:
+        rows = self._query(sql, parameters)
+        return dict(rows[0]) if rows else None
+
+    def event(self, kind: str, *, now: float, study_uid: str = "", series_uid: str = "", job_id: int | None = None,
+              from_state: str = "", to_state: str = "", code: str = "", reason: str = "", actor: str = "node") -> None:
+        """Write one line of history: kind is series, job, delivery, reception or security."""
+        with self.transaction() as db:
+            db.execute(SQL["add_event"], {
+                "at": now, "study_uid": study_uid, "series_uid": series_uid, "job_id": job_id, "kind": kind,
+                "from_state": from_state, "to_state": to_state, "code": code, "reason": reason, "actor": actor,
+            })
+
+    # --- reception
+
+    def known(self, sop_instance_uid: str) -> dict[str, Any] | None:
+        """The instance row of that UID."""
+        return self._one("SELECT * FROM instance WHERE sop_instance_uid = ?", (sop_instance_uid,))
+
+    def add_instances(self, rows: Iterable[InstanceRow]) -> list[Kept]:
+        """Enter received objects, all in one transaction; on return they are durable.
+
+        "new": entered, its series is receiving (again). "repeat": the same bytes were known; nothing changes, and the
+        caller may drop its copy. "conflict": other bytes under a known UID; a conflict row keeps them, the first
+        object stays in use.
+        """
+        with self.transaction() as db:
+            return [self._add_instance(db, row) for row in rows]
+
+    def _add_instance(self, db: sqlite3.Connection, row: InstanceRow) -> Kept:
+        values = asdict(row)
+        values["position"] = json.dumps(row.position) if row.position else None
+        values["orientation"] = json.dumps(row.orientation) if row.orientation else None
+        old = db.execute("SELECT sha256 FROM instance WHERE sop_instance_uid = ?", (row.sop_instance_uid,)).fetchone()
+        if old and old["sha256"] == row.sha256:
+            return "repeat"
+        if old:
+            added = db.execute(SQL["add_conflict"], values).rowcount
+            if added:
+                self.event("reception", now=row.received_at, study_uid=row.study_uid, series_uid=row.series_uid,
+                           code="conflict", actor=row.calling_ae,
+                           reason=f"other bytes under known SOP Instance UID {row.sop_instance_uid}; kept aside, not used")
+            return "conflict"
+        db.execute(SQL["add_instance"], values)
+        series = db.execute("SELECT state, code FROM series WHERE series_uid = ?", (row.series_uid,)).fetchone()
+        db.execute(SQL["touch_series"], values)
+        if series is None:
+            self.event("series", now=row.received_at, study_uid=row.study_uid, series_uid=row.series_uid,
+                       to_state="receiving", actor=row.calling_ae)
+        elif series["state"] in ("waiting", "matched") or (series["state"] == "held" and series["code"] != "operator"):
+            self.set_series(row.series_uid, "receiving", now=row.received_at, code="late", actor=row.calling_ae,
+                            reason=f"another instance arrived while the series was {series['state']}")
+        return "new"
+
+    def instances(self, series_uid: str) -> list[dict[str, Any]]:
+        """The instances of a series in order of arrival; position and orientation as tuples or None."""
+        rows = [dict(row) for row in self._query(
+            "SELECT * FROM instance WHERE series_uid = ? ORDER BY received_at, sop_instance_uid", (series_uid,))]
+        for row in rows:
+            for key in ("position", "orientation"):
+                row[key] = tuple(json.loads(row[key])) if row[key] else None
+        return rows
+
+    def conflicts(self, series_uid: str, *, accepted: bool = False) -> list[dict[str, Any]]:
+        """The conflict rows of a series that a person has not yet accepted (or has)."""
+        return [dict(row) for row in self._query(
+            "SELECT * FROM conflict WHERE series_uid = ? AND accepted = ?", (series_uid, int(accepted)))]
+
+    # --- series
+
+    def series(self, series_uid: str) -> dict[str, Any]:
+        """Raises NotFound."""
+        row = self._one("SELECT * FROM series WHERE series_uid = ?", (series_uid,))
+        if row is None:
+            raise NotFound(f"no series {series_uid} in the ledger")
+        return row
+
+    def series_of_study(self, study_uid: str) -> list[dict[str, Any]]:
+        return [dict(row) for row in self._query(
+            "SELECT * FROM series WHERE study_uid = ? ORDER BY series_uid", (study_uid,))]
+
+    def due_series(self, *, now: float, quiet_s: float) -> list[dict[str, Any]]:
+        """Series to look at now: receiving and quiet for `quiet_s`, or waiting until a time that has come."""
+        return [dict(row) for row in self._query(SQL["due_series"], {"now": now, "quiet_before": now - quiet_s})]
+
+    def set_series(self, series_uid: str, state: str, *, now: float, code: str = "", reason: str = "",
+                   until: float | None = None, is_guide: bool | None = None, released: bool | None = None,
+                   actor: str = "node") -> None:
+        """Change a series' state, with its event row; staying in the same state for the same reason writes no event.
+
+        Raises NotFound, and TransitionRefused where the states do not allow the change.
+        """
+        with self.transaction() as db:
+            old = self.series(series_uid)
+            if state != old["state"] and not may_follow("series", old["state"], state):
+                raise TransitionRefused(f"series {series_uid} is {old['state']} and cannot become {state}")
+            db.execute(
+                "UPDATE series SET state = ?, code = ?, reason = ?, until = ?, is_guide = coalesce(?, is_guide), "
+                "released = coalesce(?, released) WHERE series_uid = ?",
+                (state, code, reason, until, is_guide, released, series_uid),
+            )
+            if (state, code, reason) != (old["state"], old["code"], old["reason"]):
+                self.event("series", now=now, study_uid=old["study_uid"], series_uid=series_uid,
+                           from_state=old["state"], to_state=state, code=code, reason=reason, actor=actor)
+
+    # --- jobs
+
+    def add_job(self, new: NewJob, *, now: float) -> int:
+        """Queue a job and set its series `matched`; the id of the job. The same identity never makes a second one."""
+        with self.transaction() as db:
+            added = db.execute(SQL["add_job"], {
+                **asdict(new), "settings": json.dumps(dict(new.settings), sort_keys=True),
+                "send_to": json.dumps(new.send_to), "inputs": json.dumps(new.inputs), "now": now,
+            }).rowcount
+            job_id = db.execute("SELECT id FROM job WHERE identity = ?", (new.identity,)).fetchone()["id"]
+            self.set_series(new.series_uid, "matched", now=now)
+            if added:
+                self.event("job", now=now, study_uid=new.study_uid, series_uid=new.series_uid, job_id=job_id,
+                           to_state="queued", reason=f"route {new.route}: {new.method}, preset {new.preset}")
+            return job_id
+
+    def job(self, job_id: int) -> dict[str, Any]:
+        """The job row; settings, send_to, inputs, progress and report decoded. Raises NotFound."""
+        row = self._one("SELECT * FROM job WHERE id = ?", (job_id,))
+        if row is None:
+            raise NotFound(f"no job {job_id} in the ledger")
+        return _decoded(row)
+
+    def jobs_of_series(self, series_uid: str) -> list[dict[str, Any]]:
+        """Oldest first."""
+        return [_decoded(dict(row)) for row in self._query(
+            "SELECT * FROM job WHERE series_uid = ? ORDER BY id", (series_uid,))]
+
+    def job_of_derived(self, derived_series_uid: str) -> dict[str, Any] | None:
+        """The job whose derived series has that UID: our own output is known by it."""
+        row = self._one("SELECT * FROM job WHERE derived_series_uid = ?", (derived_series_uid,))
+        return None if row is None else _decoded(row)
+
+    def claim(self, owner: str, *, now: float, lease_s: float) -> dict[str, Any] | None:
+        """Take the next job: queued, failed and due again, or running under a lease that ran out. None if there is none."""
+        with self.transaction():
+            rows = self._query(SQL["claimable"], {"now": now})
+            if not rows:
+                return None
+            job = dict(rows[0])
+            reason = "" if job["state"] != "running" else f"the lease of {job['lease_owner']} ran out"
+            if job["state"] == "running":
+                self.set_job(job["id"], "failed", now=now, code="lease", reason=reason)
+            self.set_job(job["id"], "running", now=now, reason=reason, lease_owner=owner, lease_until=now + lease_s,
+                         attempts=job["attempts"] + 1, started_at=now, progress=None)
+            return self.job(job["id"])
+
+    def renew(self, job_id: int, owner: str, *, now: float, lease_s: float,
+              progress: Mapping[str, Any] | None = None) -> bool:
+        """Heartbeat of a running job. False where the job is no longer `owner`'s: stop working on it."""
+        with self.transaction() as db:
+            return db.execute(
+                "UPDATE job SET lease_until = ?, progress = coalesce(?, progress) "
+                "WHERE id = ? AND state = 'running' AND lease_owner = ?",
+                (now + lease_s, None if progress is None else json.dumps(dict(progress)), job_id, owner),
+            ).rowcount == 1
+
+    def set_job(self, job_id: int, state: str, *, now: float, code: str = "", reason: str = "", actor: str = "node",
+                **columns: Any) -> None:
+        """Change a job's state (and other columns) with its event row, one transaction.
+
+        Raises NotFound, and TransitionRefused where the states do not allow the change.
+        """
+        with self.transaction() as db:
+            old = self.job(job_id)
+            if state != old["state"] and not may_follow("job", old["state"], state):
+                raise TransitionRefused(f"job {job_id} is {old['state']} and cannot become {state}")
+            columns = {key: json.dumps(value) if key in _JSON and value is not None else value
+                       for key, value in columns.items()}
+            columns |= {"state": state, "code": code, "reason": reason}
+            if state != "running":
+                columns |= {"lease_owner": None, "lease_until": None}
+            if state in ("delivered", "cancelled", "superseded", "held"):
+                columns.setdefault("finished_at", now)
+            assignments = ", ".join(f"{name} = :{name}" for name in columns)
+            db.execute(f"UPDATE job SET {assignments} WHERE id = :job_id", {**columns, "job_id": job_id})
+            if (state, code, reason) != (old["state"], old["code"], old["reason"]):
+                self.event("job", now=now, study_uid=old["study_uid"], series_uid=old["series_uid"], job_id=job_id,
+                           from_state=old["state"], to_state=state, code=code, reason=reason, actor=actor)
+
+    def built(self, job_id: int, owner: str, *, now: float, derived_series_uid: str, derived_path: str,
+              derived_instances: int, report: Mapping[str, Any]) -> bool:
+        """The derived series lies whole and checked in `derived_path`: job `built` and its deliveries, one transaction.
+
+        False (and nothing changes) where the job is no longer `owner`'s.
+        """
+        with self.transaction() as db:
+            job = self.job(job_id)
+            if job["state"] != "running" or job["lease_owner"] != owner:
+                return False
+            self.set_job(job_id, "built", now=now, built_at=now, derived_series_uid=derived_series_uid,
+                         derived_path=derived_path, derived_instances=derived_instances, report=dict(report))
+            for peer in job["send_to"]:
+                db.execute("INSERT OR IGNORE INTO delivery (job_id, peer, state, next_at, created_at) "
+                           "VALUES (?, ?, 'waiting', ?, ?)", (job_id, peer, now, now))
+            return True
+
+    # --- deliveries
+
+    def due_deliveries(self, *, now: float) -> list[dict[str, Any]]:
+        return [dict(row) for row in self._query(SQL["due_deliveries"], {"now": now})]
+
+    def deliveries(self, job_id: int) -> list[dict[str, Any]]:
+        return [dict(row) for row in self._query("SELECT * FROM delivery WHERE job_id = ? ORDER BY id", (job_id,))]
+
+    def statuses(self, delivery_id: int) -> dict[str, int]:
+        """SOP Instance UID -> C-STORE status of the last attempt."""
+        return {row["sop_instance_uid"]: row["status"] for row in self._query(
+            "SELECT sop_instance_uid, status FROM delivery_instance WHERE delivery_id = ?", (delivery_id,))}
+
+    def put_statuses(self, delivery_id: int, statuses: Iterable[tuple[str, int, str]], *, now: float) -> None:
+        """Record (SOP Instance UID, C-STORE status, comment) answers of the peer."""
+        with self.transaction() as db:
+            db.executemany(SQL["put_status"], [
+                {"delivery_id": delivery_id, "sop_instance_uid": uid, "status": status, "comment": comment, "at": now}
+                for uid, status, comment in statuses])
+
+    def set_delivery(self, delivery_id: int, state: str, *, now: float, reason: str = "", next_at: float | None = None,
+                     attempts: int | None = None) -> None:
+        """Change a delivery (waiting, delivered, dead) with its event row; the last one delivered makes the job delivered.
+
+        A dead delivery holds the job: a person decides.
+        """
+        with self.transaction() as db:
+            old = self._one("SELECT * FROM delivery WHERE id = ?", (delivery_id,))
+            if old is None:
+                raise NotFound(f"no delivery {delivery_id} in the ledger")
+            db.execute(
+                "UPDATE delivery SET state = ?, reason = ?, next_at = coalesce(?, next_at), "
+                "attempts = coalesce(?, attempts), done_at = ? WHERE id = ?",
+                (state, reason, next_at, attempts, now if state != "waiting" else None, delivery_id))
+            job = self.job(old["job_id"])
+            self.event("delivery", now=now, study_uid=job["study_uid"], series_uid=job["series_uid"], job_id=job["id"],
+                       from_state=old["state"], to_state=state, code=old["peer"], reason=reason)
+            left = [row["state"] for row in self.deliveries(job["id"])]
+            if job["state"] == "sending" and "dead" in left and "waiting" not in left:
+                self.set_job(job["id"], "held", now=now, code="delivery", reason=f"{old['peer']}: {reason}")
+            elif job["state"] == "sending" and set(left) == {"delivered"}:
+                self.set_job(job["id"], "delivered", now=now)
+
+    # --- looking
+
+    def overview(self, study: str | None = None, *, limit: int = 100_000) -> list[dict[str, Any]]:
+        """One row per series, newest first; `study` filters by study, series, derived series UID or accession number."""
+        return [dict(row) for row in self._query(SQL["overview"], {"study": study, "limit": limit})]
+
+    def events(self, *, study_uid: str | None = None, limit: int = 10_000) -> list[dict[str, Any]]:
+        """History, oldest first."""
+        return [dict(row) for row in self._query(
+            "SELECT * FROM (SELECT * FROM event WHERE ? IS NULL OR study_uid = ? ORDER BY id DESC LIMIT ?) ORDER BY id",
+            (study_uid, study_uid, limit))]
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Rows by state: {"series": {...}, "job": {...}, "delivery": {...}, "instance": {"all": n}}."""
+        found = {table: {row["state"]: row["n"] for row in self._query(
+            f"SELECT state, count(*) AS n FROM {table} GROUP BY state")} for table in ("series", "job", "delivery")}
+        found["instance"] = {"all": self._query("SELECT count(*) AS n FROM instance")[0]["n"]}
+        return found
+
+
+_JSON = frozenset({"settings", "send_to", "inputs", "progress", "report"})
+
+
+def _decoded(job: dict[str, Any]) -> dict[str, Any]:
+    return {key: json.loads(value) if key in _JSON and value is not None else value for key, value in job.items()}

@@ -1,0 +1,190 @@
+-- The node's memory. One statement or script per name; ledger.py calls the name.
+-- Times are seconds since 1970-01-01 UTC.
+
+-- name: schema
+CREATE TABLE IF NOT EXISTS instance (
+    sop_instance_uid    TEXT PRIMARY KEY,
+    sop_class_uid       TEXT NOT NULL,
+    study_uid           TEXT NOT NULL,
+    series_uid          TEXT NOT NULL,
+    transfer_syntax_uid TEXT NOT NULL,
+    path                TEXT NOT NULL,      -- relative to the data directory
+    bytes               INTEGER NOT NULL,
+    sha256              TEXT NOT NULL,      -- of the data set as received, without file meta information
+    calling_ae          TEXT NOT NULL,
+    address             TEXT NOT NULL,
+    received_at         REAL NOT NULL,
+    position            TEXT,               -- ImagePositionPatient, JSON
+    orientation         TEXT,               -- ImageOrientationPatient, JSON
+    frames              INTEGER NOT NULL DEFAULT 1
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS instance_series ON instance (series_uid);
+
+CREATE TABLE IF NOT EXISTS conflict (       -- other bytes under a known SOP Instance UID: kept, never used
+    sop_instance_uid TEXT NOT NULL,
+    sha256           TEXT NOT NULL,
+    series_uid       TEXT NOT NULL,
+    study_uid        TEXT NOT NULL,
+    path             TEXT NOT NULL,
+    bytes            INTEGER NOT NULL,
+    calling_ae       TEXT NOT NULL,
+    address          TEXT NOT NULL,
+    received_at      REAL NOT NULL,
+    accepted         INTEGER NOT NULL DEFAULT 0,  -- a person looked and released the series
+    PRIMARY KEY (sop_instance_uid, sha256)
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS conflict_series ON conflict (series_uid);
+
+CREATE TABLE IF NOT EXISTS series (
+    series_uid         TEXT PRIMARY KEY,
+    study_uid          TEXT NOT NULL,
+    modality           TEXT NOT NULL,
+    accession_number   TEXT NOT NULL,
+    series_number      TEXT NOT NULL,
+    series_description TEXT NOT NULL,
+    calling_ae         TEXT NOT NULL,
+    state              TEXT NOT NULL,
+    code               TEXT NOT NULL DEFAULT '',
+    reason             TEXT NOT NULL DEFAULT '',
+    until              REAL,                -- waiting: look again then
+    first_at           REAL NOT NULL,
+    last_at            REAL NOT NULL,       -- last new instance
+    instances          INTEGER NOT NULL,
+    is_guide           INTEGER NOT NULL DEFAULT 0,
+    released           INTEGER NOT NULL DEFAULT 0  -- a person said: process it all the same
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS series_study ON series (study_uid);
+CREATE INDEX IF NOT EXISTS series_state ON series (state, last_at);
+
+CREATE TABLE IF NOT EXISTS job (
+    id                 INTEGER PRIMARY KEY AUTOINCREMENT,
+    identity           TEXT NOT NULL UNIQUE, -- digest of inputs, method, full settings, software version
+    series_uid         TEXT NOT NULL,
+    study_uid          TEXT NOT NULL,
+    guide_series_uid   TEXT,
+    route              TEXT NOT NULL,
+    method             TEXT NOT NULL,
+    preset             TEXT NOT NULL,
+    settings           TEXT NOT NULL,        -- JSON
+    send_to            TEXT NOT NULL,        -- JSON list of peer names
+    inputs             TEXT NOT NULL,        -- JSON list of source SOP Instance UIDs
+    state              TEXT NOT NULL,
+    code               TEXT NOT NULL DEFAULT '',
+    reason             TEXT NOT NULL DEFAULT '',
+    attempts           INTEGER NOT NULL DEFAULT 0,
+    priority           INTEGER NOT NULL DEFAULT 0,
+    run_after          REAL NOT NULL,
+    lease_owner        TEXT,
+    lease_until        REAL,
+    progress           TEXT,                 -- JSON: stage, step, steps, loss
+    created_at         REAL NOT NULL,
+    started_at         REAL,
+    built_at           REAL,
+    finished_at        REAL,
+    derived_series_uid TEXT,
+    derived_path       TEXT,                 -- folder relative to the data directory
+    derived_instances  INTEGER,
+    report             TEXT                  -- JSON: checks, gates, metrics
+);
+CREATE INDEX IF NOT EXISTS job_state ON job (state, run_after);
+CREATE INDEX IF NOT EXISTS job_series ON job (series_uid);
+CREATE INDEX IF NOT EXISTS job_derived ON job (derived_series_uid);
+
+CREATE TABLE IF NOT EXISTS delivery (
+    id         INTEGER PRIMARY KEY AUTOINCREMENT,
+    job_id     INTEGER NOT NULL REFERENCES job (id),
+    peer       TEXT NOT NULL,
+    state      TEXT NOT NULL,               -- waiting, delivered, dead
+    reason     TEXT NOT NULL DEFAULT '',
+    attempts   INTEGER NOT NULL DEFAULT 0,
+    next_at    REAL NOT NULL,
+    created_at REAL NOT NULL,
+    done_at    REAL,
+    UNIQUE (job_id, peer)
+);
+
+CREATE TABLE IF NOT EXISTS delivery_instance (
+    delivery_id      INTEGER NOT NULL REFERENCES delivery (id),
+    sop_instance_uid TEXT NOT NULL,
+    status           INTEGER NOT NULL,      -- C-STORE status of the last attempt
+    comment          TEXT NOT NULL DEFAULT '',
+    at               REAL NOT NULL,
+    PRIMARY KEY (delivery_id, sop_instance_uid)
+) WITHOUT ROWID;
+
+CREATE TABLE IF NOT EXISTS event (
+    id         INTEGER PRIMARY KEY AUTOINCREMENT,
+    at         REAL NOT NULL,
+    study_uid  TEXT NOT NULL DEFAULT '',
+    series_uid TEXT NOT NULL DEFAULT '',
+    job_id     INTEGER,
+    kind       TEXT NOT NULL,               -- series, job, delivery, reception, security
+    from_state TEXT NOT NULL DEFAULT '',
+    to_state   TEXT NOT NULL DEFAULT '',
+    code       TEXT NOT NULL DEFAULT '',
+    reason     TEXT NOT NULL DEFAULT '',
+    actor      TEXT NOT NULL DEFAULT 'node'
+);
+CREATE INDEX IF NOT EXISTS event_study ON event (study_uid, id);
+CREATE INDEX IF NOT EXISTS event_series ON event (series_uid, id);
+
+-- name: add_instance
+INSERT INTO instance VALUES (
+    :sop_instance_uid, :sop_class_uid, :study_uid, :series_uid, :transfer_syntax_uid, :path, :bytes, :sha256,
+    :calling_ae, :address, :received_at, :position, :orientation, :frames);
+
+-- name: touch_series
+INSERT INTO series (series_uid, study_uid, modality, accession_number, series_number, series_description, calling_ae,
+                    state, first_at, last_at, instances)
+VALUES (:series_uid, :study_uid, :modality, :accession_number, :series_number, :series_description, :calling_ae,
+        'receiving', :received_at, :received_at, 1)
+ON CONFLICT (series_uid) DO UPDATE SET last_at = max(last_at, excluded.last_at), instances = instances + 1;
+
+-- name: add_conflict
+INSERT OR IGNORE INTO conflict VALUES (
+    :sop_instance_uid, :sha256, :series_uid, :study_uid, :path, :bytes, :calling_ae, :address, :received_at, 0);
+
+-- name: add_event
+INSERT INTO event (at, study_uid, series_uid, job_id, kind, from_state, to_state, code, reason, actor)
+VALUES (:at, :study_uid, :series_uid, :job_id, :kind, :from_state, :to_state, :code, :reason, :actor);
+
+-- name: due_series
+SELECT * FROM series
+ WHERE (state = 'receiving' AND last_at <= :quiet_before) OR (state = 'waiting' AND until <= :now)
+ ORDER BY last_at, series_uid;
+
+-- name: add_job
+INSERT INTO job (identity, series_uid, study_uid, guide_series_uid, route, method, preset, settings, send_to, inputs,
+                 state, priority, run_after, created_at)
+VALUES (:identity, :series_uid, :study_uid, :guide_series_uid, :route, :method, :preset, :settings, :send_to, :inputs,
+        'queued', :priority, :now, :now)
+ON CONFLICT (identity) DO NOTHING;
+
+-- name: claimable
+SELECT * FROM job
+ WHERE (state IN ('queued', 'failed') AND run_after <= :now)
+    OR (state = 'running' AND lease_until < :now)
+ ORDER BY priority DESC, id LIMIT 1;
+
+-- name: due_deliveries
+SELECT delivery.* FROM delivery JOIN job ON job.id = delivery.job_id
+ WHERE delivery.state = 'waiting' AND delivery.next_at <= :now AND job.state IN ('built', 'sending')
+ ORDER BY job.priority DESC, delivery.next_at, delivery.id;
+
+-- name: put_status
+INSERT INTO delivery_instance VALUES (:delivery_id, :sop_instance_uid, :status, :comment, :at)
+ON CONFLICT (delivery_id, sop_instance_uid)
+DO UPDATE SET status = excluded.status, comment = excluded.comment, at = excluded.at;
+
+-- name: overview
+-- One row per series: the newest job's state where there is one, else the series' own.
+SELECT s.study_uid, s.series_uid, s.modality, s.accession_number, s.series_number, s.series_description,
+       s.instances, s.calling_ae, s.first_at, s.last_at,
+       s.state AS series_state, s.code AS series_code, s.reason AS series_reason, s.until,
+       j.id AS job_id, j.state AS job_state, j.code AS job_code, j.reason AS job_reason, j.route, j.method, j.preset,
+       j.guide_series_uid, j.attempts, j.progress, j.derived_series_uid, j.derived_instances,
+       j.created_at, j.started_at, j.built_at, j.finished_at
+  FROM series s LEFT JOIN job j ON j.id = (SELECT max(id) FROM job WHERE job.series_uid = s.series_uid)
+ WHERE (:study IS NULL OR s.study_uid = :study OR s.series_uid = :study OR s.accession_number = :study
+        OR j.derived_series_uid = :study)
+ ORDER BY s.first_at DESC, s.series_uid LIMIT :limit;

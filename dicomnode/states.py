@@ -1,0 +1,44 @@
+"""The states of a series and of a job, and which change may follow which (design: the life of a study)."""
+
+from __future__ import annotations
+
+__all__ = ["JOB_STATES", "JOB_TRANSITIONS", "SERIES_STATES", "SERIES_TRANSITIONS", "may_follow"]
+
+SERIES_TRANSITIONS: dict[str, frozenset[str]] = {
+    # receiving: instances still come.  complete: proven whole.  matched: a job exists.
+    # waiting: for more instances or a CT, until a time.  held: for a person.  ignored: by rule.
+    "receiving": frozenset({"complete", "waiting", "held", "ignored"}),
+    "waiting": frozenset({"receiving", "complete", "waiting", "held", "ignored"}),
+    "complete": frozenset({"receiving", "matched", "waiting", "held", "ignored"}),
+    "matched": frozenset({"receiving", "held"}),
+    "held": frozenset({"receiving", "ignored"}),
+    "ignored": frozenset({"receiving", "held"}),
+}
+
+JOB_TRANSITIONS: dict[str, frozenset[str]] = {
+    # failed: an attempt failed and another will follow after `run_after`; attempts used up end in held.
+    "queued": frozenset({"running", "held", "cancelled", "superseded"}),
+    "running": frozenset({"built", "failed", "queued", "held", "cancelled", "superseded"}),
+    "failed": frozenset({"running", "queued", "held", "cancelled", "superseded"}),
+    "built": frozenset({"sending", "queued", "held", "cancelled", "superseded"}),
+    "sending": frozenset({"delivered", "held", "cancelled", "superseded"}),
+    "delivered": frozenset({"committed", "superseded"}),
+    "committed": frozenset({"superseded"}),
+    "held": frozenset({"queued", "built", "cancelled", "superseded"}),
+    "cancelled": frozenset({"queued", "built", "superseded"}),
+    "superseded": frozenset(),
+}
+
+SERIES_STATES = tuple(SERIES_TRANSITIONS)
+JOB_STATES = tuple(JOB_TRANSITIONS)
+
+
+def may_follow(kind: str, old: str, new: str) -> bool:
+    """Whether a "series" or "job" in state `old` may go to `new`. Raises KeyError for an unknown state.
+
+    >>> may_follow("job", "running", "built")
+    True
+    >>> may_follow("job", "delivered", "queued")
+    False
+    """
+    return new in (SERIES_TRANSITIONS if kind == "series" else JOB_TRANSITIONS)[old]
