@@ -1,0 +1,145 @@
+"""A whole node as a user starts it: `dicomnode serve --config FILE` as a process of its own, on free loopback ports."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+DCMTK_ENV = {**os.environ, "TCP_NODELAY": "1"}
+
+
+def free_port() -> int:
+    """A port nobody listens on at this moment."""
+    with closing(socket.socket()) as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def wait_for(what: str, condition: Callable[[], Any], *, timeout_s: float = 60, poll_s: float = 0.2) -> Any:
+    """The first true value of `condition`; fails the test, naming `what`, when none comes in time."""
+    until = time.monotonic() + timeout_s
+    while True:
+        value = condition()
+        if value:
+            return value
+        assert time.monotonic() < until, f"waited {timeout_s} s in vain for: {what}"
+        time.sleep(poll_s)
+
+
+class RunningNode:
+    """`dicomnode serve` on a configuration made of the contract's keys; stopped when the block is left."""
+
+    ae_title = "NBDNODE"
+
+    def __init__(self, folder: Path, *, peers: dict[str, tuple[str, int | None]], route: str,
+                 quiet_s: float = 1.5, extra: str = "") -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.port = folder, free_port()
+        self.config = folder / "dicomnode.toml"
+        tables = [f'[node]\nae_title = "{self.ae_title}"\nhost = "127.0.0.1"\nport = {self.port}\n'
+                  f'data_dir = "{folder / "data"}"\n[completeness]\nquiet_s = {quiet_s}\n']
+        for name, (ae_title, port) in peers.items():
+            tables.append(f'[[peer]]\nname = "{name}"\nae_title = "{ae_title}"\nhost = "127.0.0.1"\n'
+                          + (f"port = {port}\n" if port else ""))
+        self.config.write_text("\n".join([*tables, extra, route]), encoding="utf-8")
+        self.process: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> RunningNode:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Returns once the node has printed `ready`."""
+        with (self.folder / "node.log").open("a") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "dicomnode", "serve", "--config", str(self.config)],
+                stdout=subprocess.PIPE, stderr=log, text=True, env={**os.environ, "OMP_NUM_THREADS": "2"})
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line.strip() == "ready", f"serve said {line!r}; its log:\n{self.log()[-3000:]}"
+
+    def stop(self, *, timeout_s: float = 30) -> int:
+        """SIGTERM; the exit code."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            return self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise
+
+    def log(self) -> str:
+        return (self.folder / "node.log").read_text(encoding="utf-8", errors="replace")
+
+    def cli(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-m", "dicomnode", *arguments, "--config", str(self.config)],
+                              capture_output=True, text=True, timeout=60)
+
+    def jobs(self) -> list[dict[str, Any]]:
+        """`dicomnode jobs --json`."""
+        done = self.cli("jobs", "--json")
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    def job(self, series_uid: str) -> dict[str, Any] | None:
+        return next((row for row in self.jobs() if row["series"] == series_uid), None)
+
+    def wait_until(self, series_uid: str, *states: str, timeout_s: float = 120) -> dict[str, Any]:
+        """The job row of a series once its state is one of `states`."""
+        def reached() -> dict[str, Any] | None:
+            row = self.job(series_uid)
+            return row if row and row["state"] in states else None
+        try:
+            return wait_for(f"series {series_uid} {' or '.join(states)}", reached, timeout_s=timeout_s, poll_s=0.5)
+        except AssertionError as error:
+            raise AssertionError(f"{error}; it is {self.job(series_uid)}; log:\n{self.log()[-4000:]}") from None
+
+    def descendants(self, *, named: str = "") -> list[int]:
+        """Process ids below `serve` whose command line holds `named`."""
+        assert self.process is not None
+        found: list[int] = []
+        todo = [self.process.pid]
+        while todo:
+            parent = todo.pop()
+            for children in Path(f"/proc/{parent}/task").glob("*/children"):
+                try:
+                    pids = [int(pid) for pid in children.read_text().split()]
+                except OSError:
+                    continue
+                todo += pids
+                found += [pid for pid in pids if named in _command(pid)]
+        return found
+
+
+def _command(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    except OSError:
+        return ""
+
+
+def storescu(port: int, files: list[Path], *, calling: str, called: str = RunningNode.ae_title,
+             timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
+    """DCMTK's storescu, one association. Never the virtual environment's program of the same name."""
+    return subprocess.run(
+        ["/usr/bin/storescu", "-v", "-R", "-aet", calling, "-aec", called, "127.0.0.1", str(port), *map(str, files)],
+        capture_output=True, text=True, env=DCMTK_ENV, timeout=timeout_s)
+
+
+def shuffled_shares(files: list[Path], shares: int, *, seed: int) -> list[list[Path]]:
+    """`files` in random order, dealt into `shares` piles."""
+    mixed = random.Random(seed).sample(files, len(files))
+    return [mixed[i::shares] for i in range(shares)]
