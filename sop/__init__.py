@@ -1,0 +1,1 @@
+"""DICOM objects: data sets in, Volume out, and back. Imports neither torch nor the network."""

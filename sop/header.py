@@ -1,0 +1,70 @@
+"""Values out of a header as numbers or as the text that was written; a damaged one is refused by name."""
+
+from __future__ import annotations
+
+import math
+
+from pydicom.dataset import Dataset
+from pydicom.tag import Tag
+
+from sop.errors import Refused
+from sop.pixels import PIXEL_KEYWORDS
+
+__all__ = ["integer", "numbers", "strings", "text", "without_pixels"]
+
+RESEND = "send the series again from the scanner or the PACS"
+
+
+def text(header: Dataset, keyword: str) -> str:
+    """The value as text, "" where absent or empty."""
+    value = _value(header, keyword)
+    return "" if value is None else str(value).strip()
+
+
+def strings(header: Dataset, keyword: str, count: int) -> list[str]:
+    """`count` decimal strings as they were written. Raises Refused "malformed"."""
+    numbers(header, keyword, count)
+    value = _value(header, keyword)
+    values = [value] if isinstance(value, (str, float, int)) else list(value)
+    return [str(getattr(item, "original_string", item)).strip() for item in values]
+
+
+def numbers(header: Dataset, keyword: str, count: int) -> list[float]:
+    """`count` finite numbers. Raises Refused "malformed" where absent, too few, too many or not numbers."""
+    value = _value(header, keyword)
+    values = [] if value is None else [value] if isinstance(value, (str, float, int)) else list(value)
+    try:
+        result = [float(item) for item in values]
+    except (TypeError, ValueError) as error:
+        raise Refused("malformed", f"{keyword} does not hold numbers", RESEND) from error
+    if len(result) != count or not all(map(math.isfinite, result)):
+        raise Refused("malformed", f"{keyword} should hold {count} number(s) and holds {len(result)}", RESEND)
+    return result
+
+
+def integer(header: Dataset, keyword: str, *, default: int | None = None) -> int:
+    """A whole number. Raises Refused "malformed" where it is not one, or absent and without `default`."""
+    if default is not None and not text(header, keyword):
+        return default
+    value = numbers(header, keyword, 1)[0]
+    if value != int(value):
+        raise Refused("malformed", f"{keyword} should be a whole number and is {value}", RESEND)
+    return int(value)
+
+
+def without_pixels(data: Dataset) -> Dataset:
+    """A data set of the same elements, still as they came, without pixel data; `data` is left alone."""
+    dropped = {Tag(keyword) for keyword in PIXEL_KEYWORDS}
+    header = Dataset({tag: data.get_item(tag) for tag in data.keys() if tag not in dropped})  # noqa: SIM118
+    if getattr(data, "file_meta", None) is not None:
+        header.file_meta = data.file_meta
+    return header
+
+
+def _value(header: Dataset, keyword: str) -> object:
+    try:
+        return header.get(keyword)
+    except MemoryError:
+        raise
+    except Exception as error:  # a value its VR does not allow makes the parser raise nearly anything
+        raise Refused("malformed", f"{keyword} cannot be read ({type(error).__name__})", RESEND) from error

@@ -1,0 +1,72 @@
+"""Many slices in one instance: reconstructed NM here, enhanced PET and CT through sop.enhanced.
+
+NM RECON TOMO [PS3.3 C.8.4.8, C.8.4.15]: slice i lies SpacingBetweenSlices (signed) times (SliceVector - 1) along the
+normal from the position in DetectorInformationSequence.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from pydicom import uid
+from pydicom.dataset import Dataset
+
+from sop import geometry
+from sop.enhanced import enhanced_slices
+from sop.errors import Refused
+from sop.header import integer, numbers, text, without_pixels
+from sop.series import Slice
+
+__all__ = ["slices_of"]
+
+
+def slices_of(header: Dataset, path: Path | None) -> list[Slice]:
+    """One Slice per frame, in frame order, each with a classic-equivalent header."""
+    if text(header, "SOPClassUID") == uid.NuclearMedicineImageStorage:
+        return _nm_slices(header, path)
+    return enhanced_slices(header, path)
+
+
+def _nm_slices(header: Dataset, path: Path | None) -> list[Slice]:
+    image_type = text(header, "ImageType").upper()
+    frames = integer(header, "NumberOfFrames", default=1)
+    detectors = header.get("DetectorInformationSequence") or []
+    if "RECON TOMO" not in image_type or "GATED" in image_type:
+        raise Refused("not-supported", "an NM image other than RECON TOMO is not a volume",
+                      "send the reconstructed transverse slices")
+    if len(detectors) != 1 or frames != integer(header, "NumberOfSlices", default=frames):
+        raise Refused("dynamic", f"the NM image holds {frames} frames of {text(header, 'NumberOfSlices')} slices, "
+                      f"{len(detectors)} detector entries", "send one energy window, one rotation, one time slice")
+    detector = detectors[0]
+    origin = np.array(numbers(detector, "ImagePositionPatient", 3))
+    normal = geometry.normal_of(np.array(numbers(detector, "ImageOrientationPatient", 6)))
+    keyword = "SpacingBetweenSlices" if text(header, "SpacingBetweenSlices") else "SliceThickness"
+    step = numbers(header, keyword, 1)[0]
+    vector = header.get("SliceVector") or range(1, frames + 1)
+    numbers_of_slices = [int(vector)] if isinstance(vector, int) else [int(value) for value in vector]
+    if len(numbers_of_slices) != frames:
+        raise Refused("malformed", f"SliceVector holds {len(numbers_of_slices)} entries for {frames} frames",
+                      "send the image again from the workstation")
+    return [
+        _nm_slice(header, path, frame, origin + normal * step * (number - 1), detector)
+        for frame, number in enumerate(numbers_of_slices, start=1)
+    ]
+
+
+def _nm_slice(header: Dataset, path: Path | None, frame: int, position: np.ndarray, detector: Dataset) -> Slice:
+    single = without_pixels(header)
+    single.ImageOrientationPatient = detector.ImageOrientationPatient
+    single.ImagePositionPatient = [float(value) for value in np.round(position, 6)]
+    single.InstanceNumber = frame
+    x, y, z = map(float, position)
+    return Slice(
+        header=single,
+        path=path,
+        sop_class_uid=text(header, "SOPClassUID"),
+        sop_instance_uid=text(header, "SOPInstanceUID"),
+        frame=frame,
+        position=(x, y, z),
+        slope=numbers(header, "RescaleSlope", 1)[0] if text(header, "RescaleSlope") else 1.0,
+        intercept=numbers(header, "RescaleIntercept", 1)[0] if text(header, "RescaleIntercept") else 0.0,
+    )

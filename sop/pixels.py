@@ -1,0 +1,104 @@
+"""Stored values of one frame, whatever the transfer syntax; a broken one is refused with the reason."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from pydicom import dcmread
+from pydicom.dataset import Dataset
+from pydicom.errors import InvalidDicomError
+from pydicom.uid import UID
+
+from sop.errors import Refused
+
+__all__ = ["PIXEL_KEYWORDS", "frames_of", "load"]
+
+# Pixel data and what describes other pixel data; a header holds none of them.
+PIXEL_KEYWORDS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData", "ExtendedOffsetTable",
+                  "ExtendedOffsetTableLengths", "PixelDataProviderURL")
+
+# All a decoder needs, so that the second reading of a file skips the rest.
+NEEDED = ["SOPInstanceUID", "SamplesPerPixel", "PhotometricInterpretation", "PlanarConfiguration", "NumberOfFrames",
+          "Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", *PIXEL_KEYWORDS]
+
+RESEND = "send the instance again from the scanner or the PACS"
+
+
+def load(path: Path, *, pixels: bool) -> Dataset:
+    """Read a DICOM file, without its pixel data or with little besides it.
+
+    Raises Refused "unreadable".
+    """
+    try:
+        if pixels:
+            return dcmread(path, specific_tags=NEEDED)
+        header = dcmread(path, stop_before_pixels=True)
+    except MemoryError:
+        raise
+    except FileNotFoundError as error:
+        raise Refused("unreadable", f"file {path.name} is not there", "check the folder") from error
+    except InvalidDicomError as error:
+        raise Refused("unreadable", f"file {path.name} is not a DICOM file", "leave it out") from error
+    except Exception as error:  # a damaged file makes the parser raise nearly anything
+        raise Refused("unreadable", f"file {path.name} cannot be read as DICOM ({type(error).__name__})", RESEND) from error
+    return header
+
+
+def frames_of(data: Dataset, *, bits_allocated: int, rows: int, columns: int, frames: int) -> NDArray:
+    """Stored values (frames, rows, columns), native or decoded.
+
+    Unused high bits are cleared (or the sign extended). Raises Refused "truncated", "pixel-format", "undecodable".
+    """
+    if "PixelData" not in data:
+        raise Refused("no-pixels", f"instance {data.get('SOPInstanceUID', '')} has no Pixel Data", RESEND)
+    if bits_allocated not in (8, 16, 32) or int(data.get("SamplesPerPixel", 1)) != 1:
+        raise Refused("pixel-format", f"{bits_allocated} bits and {data.get('SamplesPerPixel')} samples per pixel "
+                      "cannot be quantitative values", "send the original grey-scale series")
+    syntax = _syntax(data)
+    if syntax.is_encapsulated:
+        stored = _decoded(data, syntax)
+    else:
+        stored = _native(data, syntax, bits_allocated, rows * columns * frames)
+    if stored.size != frames * rows * columns:
+        raise Refused("truncated", f"instance {data.get('SOPInstanceUID', '')} holds {stored.size} pixels, its header "
+                      f"promises {frames} x {rows} x {columns}", RESEND)
+    return stored.reshape(frames, rows, columns)
+
+
+def _syntax(data: Dataset) -> UID:
+    meta = getattr(data, "file_meta", None)
+    uid = meta.get("TransferSyntaxUID") if meta is not None else None
+    if uid:
+        return UID(uid)
+    little = data.original_encoding[1]
+    return UID("1.2.840.10008.1.2.2") if little is False else UID("1.2.840.10008.1.2.1")
+
+
+def _native(data: Dataset, syntax: UID, bits_allocated: int, count: int) -> NDArray:
+    raw = data.get_item("PixelData").value
+    need = count * bits_allocated // 8
+    if raw is None or len(raw) < need:
+        raise Refused("truncated", f"Pixel Data of instance {data.get('SOPInstanceUID', '')} ends after "
+                      f"{len(raw or b'')} of {need} bytes", RESEND)
+    signed = int(data.PixelRepresentation) == 1
+    order = ">" if not syntax.is_little_endian else "<"
+    stored = np.frombuffer(raw, dtype=f"{order}{'i' if signed else 'u'}{bits_allocated // 8}", count=count)
+    used, high = int(data.BitsStored), int(data.HighBit)
+    if used == bits_allocated:
+        return stored
+    if not 0 < used <= high + 1 <= bits_allocated:
+        raise Refused("pixel-format", f"BitsStored {used} and HighBit {high} do not fit in {bits_allocated} bits", RESEND)
+    # Moving the value to the top drops overlay bits above it; moving it back extends the sign.
+    return (stored << (bits_allocated - 1 - high)) >> (bits_allocated - used)
+
+
+def _decoded(data: Dataset, syntax: UID) -> NDArray:
+    try:
+        return np.asarray(data.pixel_array)
+    except MemoryError:
+        raise
+    except Exception as error:  # each decoder plugin has exceptions of its own
+        raise Refused("undecodable", f"Pixel Data of instance {data.get('SOPInstanceUID', '')} ({syntax.name}) cannot be "
+                      f"decoded ({type(error).__name__})", RESEND) from error
