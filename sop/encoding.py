@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable
+from typing import cast
 
 from pydicom.charset import convert_encodings
 from pydicom.datadict import dictionary_VR, private_dictionary_VR
@@ -18,9 +19,13 @@ from pydicom.filewriter import correct_ambiguous_vr_element, write_data_element
 from pydicom.tag import BaseTag
 from pydicom.valuerep import EXPLICIT_VR_LENGTH_32
 
-__all__ = ["encoded", "encoded_file_meta"]
+__all__ = ["PIXEL_DATA", "encoded", "encoded_file_meta", "pixel_data_header"]
 
-_BYTES_AS_THEY_ARE = frozenset(["AE", "AS", "CS", "DA", "DS", "DT", "IS", "LO", "LT", "OB", "PN", "SH", "ST", "TM", "UC", "UI", "UN", "UR", "UT"])
+PIXEL_DATA = 0x7FE00010
+
+_BYTES_AS_THEY_ARE = frozenset((
+    "AE", "AS", "CS", "DA", "DS", "DT", "IS", "LO", "LT", "OB", "PN", "SH", "ST", "TM", "UC", "UI", "UN", "UR", "UT",
+))
 _TWO_BYTE_NUMBERS = frozenset(("US", "SS", "OW"))
 
 
@@ -66,7 +71,7 @@ def encoded(ds: Dataset, encodings: list[str] | None = None) -> dict[int, bytes]
         encodings = convert_encodings(ds.SpecificCharacterSet)
     encodings = encodings or convert_encodings(None)
     elements: dict[int, bytes] = {}
-    for tag in ds.keys():
+    for tag in sorted(ds.keys()):
         if tag.element == 0:
             continue
         item = ds.get_item(tag)
@@ -80,11 +85,11 @@ def encoded(ds: Dataset, encodings: list[str] | None = None) -> dict[int, bytes]
 
 
 def _decoded_element_bytes(ds: Dataset, tag: BaseTag, encodings: list[str]) -> bytes:
-    element: DataElement = ds[tag]
+    element = cast(DataElement, ds[tag])
     if element.VR == "SQ":
         return _sequence_bytes(tag, element.value, encodings)
     if " or " in str(element.VR):
-        element = correct_ambiguous_vr_element(element, ds, True)
+        element = cast(DataElement, correct_ambiguous_vr_element(element, ds, True))
     buffer = DicomBytesIO()
     buffer.is_little_endian, buffer.is_implicit_VR = True, False
     write_data_element(buffer, element, encodings)
@@ -95,3 +100,8 @@ def encoded_file_meta(meta: Dataset) -> bytes:
     """Preamble, prefix and file meta information with its group length (PS3.10 7.1)."""
     body = b"".join(value for _, value in sorted(encoded(meta).items()))
     return b"\0" * 128 + b"DICM" + _element_bytes(0x00020000, "UL", struct.pack("<I", len(body))) + body
+
+
+def pixel_data_header(length: int) -> bytes:
+    """Tag, VR and length of uncompressed 16-bit PixelData of `length` bytes, which follow."""
+    return struct.pack("<HH2sHI", PIXEL_DATA >> 16, PIXEL_DATA & 0xFFFF, b"OW", 0, length)

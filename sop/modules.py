@@ -22,7 +22,8 @@ from sop.series import SeriesInfo, Slice
 
 __all__ = [
     "Clock", "common_instance_reference", "contributing_equipment", "copied", "ds", "frame_of_reference",
-    "general_image", "general_series", "image_pixel", "image_plane", "pet_image", "pet_series", "sop_common", "voi_lut",
+    "general_image", "general_series", "image_pixel", "image_plane", "pet_image", "pet_series",
+    "plane_size", "sop_common", "voi_lut",
 ]
 
 RESEARCH_USE = "Research use, not for diagnosis"
@@ -94,11 +95,11 @@ def code(value: str, scheme: str, meaning: str) -> Dataset:
 def copied(header: Dataset) -> Dataset:
     """The source header, element by element as it came, without what is stale on the new grid (rule 11)."""
     kept = Dataset()
-    kept.update({tag: header.get_item(tag) for tag in header.keys()})
+    kept.update({tag: header.get_item(tag) for tag in sorted(header.keys())})
     for keyword in _STALE:
         if keyword in kept:
             del kept[keyword]
-    for tag in [tag for tag in kept.keys() if tag.group & 0xFF00 in (0x5000, 0x6000)]:  # curves, overlay planes
+    for tag in [tag for tag in sorted(kept.keys()) if tag.group & 0xFF00 in (0x5000, 0x6000)]:  # curves, overlay planes
         del kept[tag]
     for group, creator, elements in _STALE_PRIVATE:
         _remove_private(kept, group, creator, elements)
@@ -107,10 +108,10 @@ def copied(header: Dataset) -> Dataset:
 
 def _remove_private(kept: Dataset, group: int, creator: str, elements: frozenset[int]) -> None:
     blocks = {
-        tag.element for tag in kept.keys()
+        tag.element for tag in sorted(kept.keys())
         if tag.group == group and tag.is_private_creator and str(kept[tag].value).strip() == creator
     }
-    for tag in list(kept.keys()):
+    for tag in sorted(kept.keys()):
         if tag.group == group and tag.element >> 8 in blocks and tag.element & 0xFF in elements:
             del kept[tag]
 
@@ -207,7 +208,7 @@ def _derivation_description(header: Dataset, source: SeriesInfo, derivation: Der
 
 
 def image_plane(position: NDArray[np.float64], location: float | None) -> Dataset:
-    """C.7.6.2, per slice: position of the first voxel, mm LPS, and SliceLocation where the source has one (rules 1, 4, 8).
+    """C.7.6.2, per slice: position of the first voxel, mm LPS, SliceLocation where the source has one (rules 1, 4, 8).
 
     The position comes from the origin each time: adding up a rounded step would drift.
     """
@@ -283,7 +284,7 @@ def sop_common(sop_uid: str) -> Dataset:
 
 
 def common_instance_reference(source: SeriesInfo, parents: Iterable[Slice]) -> Dataset:
-    """C.12.2 and C.7.6.1.1.4: the source slices on either side of the derived one, and the series they are in (rule 31)."""
+    """C.12.2, C.7.6.1.1.4: the source slices on either side of the derived one, and their series (rule 31)."""
     sources, instances = [], {}
     for parent in parents:
         item, instance = Dataset(), Dataset()

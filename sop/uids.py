@@ -54,6 +54,7 @@ def derived_uids(source_sop_uids: Sequence[str], derivation: Derivation) -> tupl
     sop_uids = []
     for source_uid in source_sop_uids:
         for half in ("lower", "upper"):
-            sop_uids.append(uid_from(derivation.uid_root, "instance", series_uid, source_uid, str(seen[source_uid]), half))
+            parts = ("instance", series_uid, source_uid, str(seen[source_uid]), half)
+            sop_uids.append(uid_from(derivation.uid_root, *parts))
         seen[source_uid] += 1
     return series_uid, sop_uids
