@@ -89,7 +89,7 @@ def stack(
     sorted_positions, along = positions[order], along[order]
     if len(positions) == 1:
         if single_step_mm is None or not single_step_mm > 0:
-            raise Refused("single-slice", "one slice without a usable SliceThickness or SpacingBetweenSlices has no depth",
+            raise Refused("single-slice", "one slice without SliceThickness or SpacingBetweenSlices has no depth",
                           "send all slices of the series")
         step = direction[:, 0] * single_step_mm
     else:
@@ -119,8 +119,8 @@ def _check_steps(along: NDArray[np.float64]) -> None:
         missing = sum(round(float(steps[i]) / usual) - 1 for i in wide)
         raise Refused(
             "gap",
-            f"about {missing} slice(s) missing: after the slice at {along[at]:.3f} mm along the normal the next lies at "
-            f"{along[at + 1]:.3f} mm, where the usual step is {usual:.3f} mm",
+            f"about {missing} slice(s) missing: after the slice at {along[at]:.3f} mm along the normal the next lies "
+            f"at {along[at + 1]:.3f} mm, where the usual step is {usual:.3f} mm",
             "send the missing slices, or retrieve the whole series from the PACS",
         )
     worst = int(np.argmax(np.abs(steps - usual)))

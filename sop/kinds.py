@@ -72,7 +72,8 @@ def refuse_not_a_volume(headers: Sequence[Dataset], *, lenient: bool) -> None:
         if "GATED" in kind[:1]:
             raise Refused("gated", "SeriesType GATED holds several phases", PER_FRAME_REMEDY)
         if kind[:1] not in (("STATIC",), ("WHOLE BODY",)) and not (lenient and not kind):
-            raise Refused("series-type", f"SeriesType {'/'.join(kind) or 'is missing and'} does not say that this is a volume",
+            stated = "/".join(kind) or "is missing, which"
+            raise Refused("series-type", f"SeriesType {stated} does not say that this is a volume",
                           "send a STATIC or WHOLE BODY series")
 
 
@@ -94,7 +95,8 @@ def other_scale(headers: Sequence[Dataset]) -> Scale:
     if text(headers[0], "Modality") == "CT":
         kind = text(headers[0], "RescaleType").upper()
         if kind not in ("", "HU"):
-            raise Refused("units-unsupported", f"RescaleType {kind!r} of the CT is not HU", "send the CT in Hounsfield units")
+            raise Refused("units-unsupported", f"RescaleType {kind!r} of the CT is not HU",
+                          "send the CT in Hounsfield units")
         return Scale("[hnsf'U]", "HU", ones)
     return Scale("{counts}", "", ones)
 

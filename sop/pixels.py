@@ -42,7 +42,8 @@ def load(path: Path, *, pixels: bool) -> Dataset:
     except InvalidDicomError as error:
         raise Refused("unreadable", f"file {path.name} is not a DICOM file", "leave it out") from error
     except Exception as error:  # a damaged file makes the parser raise nearly anything
-        raise Refused("unreadable", f"file {path.name} cannot be read as DICOM ({type(error).__name__})", RESEND) from error
+        reason = f"file {path.name} cannot be read as DICOM ({type(error).__name__})"
+        raise Refused("unreadable", reason, RESEND) from error
     return header
 
 
@@ -89,7 +90,8 @@ def _native(data: Dataset, syntax: UID, bits_allocated: int, count: int) -> NDAr
     if used == bits_allocated:
         return stored
     if not 0 < used <= high + 1 <= bits_allocated:
-        raise Refused("pixel-format", f"BitsStored {used} and HighBit {high} do not fit in {bits_allocated} bits", RESEND)
+        reason = f"BitsStored {used} and HighBit {high} do not fit in {bits_allocated} bits"
+        raise Refused("pixel-format", reason, RESEND)
     # Moving the value to the top drops overlay bits above it; moving it back extends the sign.
     return (stored << (bits_allocated - 1 - high)) >> (bits_allocated - used)
 
@@ -100,5 +102,5 @@ def _decoded(data: Dataset, syntax: UID) -> NDArray:
     except MemoryError:
         raise
     except Exception as error:  # each decoder plugin has exceptions of its own
-        raise Refused("undecodable", f"Pixel Data of instance {data.get('SOPInstanceUID', '')} ({syntax.name}) cannot be "
-                      f"decoded ({type(error).__name__})", RESEND) from error
+        reason = f"Pixel Data of instance {data.get('SOPInstanceUID', '')} ({syntax.name}) cannot be decoded"
+        raise Refused("undecodable", f"{reason} ({type(error).__name__})", RESEND) from error
