@@ -14,7 +14,7 @@ from statistics import median
 
 from pydicom.dataset import Dataset
 
-from dicomnode.headers import integer, items, numbers
+from dicomnode.headers import integer, items, numbers, text
 
 __all__ = [
     "SAME_POSITION_MM",
@@ -25,6 +25,7 @@ __all__ = [
     "frame_planes",
     "levels",
     "normal_of",
+    "placed",
     "step_of",
 ]
 
@@ -54,7 +55,7 @@ def arrival_of(header: Dataset, *, received_at: float) -> Arrival:
     """The arrival of one instance. Values that cannot be read become None; frames is at least 1."""
     position, orientation = numbers(header, "ImagePositionPatient"), numbers(header, "ImageOrientationPatient")
     return Arrival(
-        sop_instance_uid=str(header.get("SOPInstanceUID", "")),
+        sop_instance_uid=text(header, "SOPInstanceUID"),
         received_at=received_at,
         position=(position[0], position[1], position[2]) if len(position) == 3 else None,
         orientation=orientation if len(orientation) == 6 else None,
@@ -81,6 +82,16 @@ def normal_of(orientation: Sequence[float] | None) -> Vector | None:
     if not 0.5 < length < 1.5:  # row and column directions are unit vectors at right angles
         return None
     return (cross[0] / length, cross[1] / length, cross[2] / length)
+
+
+def placed(planes: Iterable[tuple[Sequence[float] | None, Sequence[float] | None]]) -> list[tuple[Vector, Vector]]:
+    """(position, unit normal) of each plane that has both, in finite numbers; planes without a place are left out."""
+    found = []
+    for position, orientation in planes:
+        normal = normal_of(orientation)
+        if normal is not None and position is not None and len(position) == 3 and all(map(math.isfinite, position)):
+            found.append(((position[0], position[1], position[2]), normal))
+    return found
 
 
 def levels(heights: Iterable[float]) -> tuple[tuple[float, int], ...]:

@@ -23,7 +23,7 @@ from typing import Literal
 
 from pydicom.dataset import Dataset
 
-from dicomnode.arrival import Arrival, dot, frame_planes, levels, normal_of, step_of
+from dicomnode.arrival import Arrival, dot, frame_planes, levels, placed, step_of
 from dicomnode.headers import integer, items, number, text
 
 __all__ = ["Completeness", "completeness"]
@@ -77,7 +77,8 @@ def completeness(
     """Whether the series is complete, waits for more until a time, or is held for a person.
 
     header              one instance of the series, without pixels.
-    now                 unix seconds, of the clock that stamped the arrivals.
+    now                 unix seconds, of the clock that stamped the arrivals; an arrival stamped later than `now` (the
+                        clock was set back) has only just come.
     expected_instances  NumberOfSeriesRelatedInstances at the source peer, where it was asked.
 
     The order of `arrivals` does not matter, and a repeated SOP Instance UID counts once. What more instances cannot
@@ -153,17 +154,16 @@ def _frames_of(instances: tuple[Arrival, ...], header: Dataset) -> _Stack | _Fin
 
 
 def _stack_of(planes: Sequence[tuple[Sequence[float] | None, Sequence[float] | None]], what: str) -> _Stack | _Finding:
-    normals = [normal_of(orientation) for _, orientation in planes]
-    placed = [(position, normal) for (position, _), normal in zip(planes, normals, strict=True) if position and normal]
-    if len(placed) < len(planes):
-        lost = len(planes) - len(placed)
+    places = placed(planes)
+    if len(places) < len(planes):
+        lost = len(planes) - len(places)
         reason = f"{lost} of {len(planes)} {what} without a usable ImagePositionPatient or ImageOrientationPatient"
         return _Finding("no-position", reason, False)
-    axis = placed[0][1]
-    askew = sum(1 for _, normal in placed if dot(axis, normal) < PARALLEL)
+    axis = places[0][1]
+    askew = sum(1 for _, normal in places if dot(axis, normal) < PARALLEL)
     if askew:
         return _Finding("mixed-orientation", f"{askew} of {len(planes)} {what} are not parallel to the first", False)
-    found = levels(dot(position, axis) for position, _ in placed)
+    found = levels(dot(position, axis) for position, _ in places)
     return _Stack(tuple(height for height, _ in found), tuple(count for _, count in found))
 
 

@@ -21,7 +21,7 @@ from typing import Literal
 
 from pydicom.dataset import Dataset
 
-from dicomnode.arrival import Arrival, Vector, dot, frame_planes, levels, normal_of, step_of
+from dicomnode.arrival import Arrival, Vector, dot, frame_planes, levels, placed, step_of
 from dicomnode.headers import items, number, text, values
 
 __all__ = ["GuideChoice", "GuideDecision", "SeriesGeometry", "choose_guide", "geometry_of", "guide_wait"]
@@ -90,13 +90,9 @@ def geometry_of(arrivals: Sequence[Arrival], header: Dataset, *, normal: Vector 
     Instances without a place are left out; a series without any has no slices and an extent of zero.
     """
     planes = frame_planes(header) or tuple((one.position, one.orientation) for one in arrivals)
-    placed = sorted(
-        (position, own)
-        for position, orientation in planes
-        if position is not None and (own := normal_of(orientation)) is not None
-    )
-    axis = normal or (placed[0][1] if placed else (0.0, 0.0, 1.0))
-    heights = tuple(height for height, _ in levels(dot(position, axis) for position, _ in placed))
+    places = sorted(placed(planes))
+    axis = normal or (places[0][1] if places else (0.0, 0.0, 1.0))
+    heights = tuple(height for height, _ in levels(dot(position, axis) for position, _ in places))
     step = step_of(heights)
     thickness = abs(number(header, "SliceThickness") or step or 0.0)
     half = (step or thickness) / 2
@@ -109,7 +105,7 @@ def geometry_of(arrivals: Sequence[Arrival], header: Dataset, *, normal: Vector 
         slice_thickness_mm=thickness,
         slices=len(heights),
         is_localizer="LOCALIZER" in (value.upper() for value in values(header, "ImageType")),
-        is_parallel=all(abs(dot(own, axis)) >= PARALLEL for _, own in placed),
+        is_parallel=all(abs(dot(own, axis)) >= PARALLEL for _, own in places),
         attenuation_correction_hint=_made_for_correction(header),
         contrast=_with_contrast(header),
         description=text(header, "SeriesDescription"),

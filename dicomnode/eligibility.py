@@ -81,12 +81,13 @@ def eligible(
 def is_own_output(header: Dataset, *, uid_root: str, equipment: str) -> bool:
     """Whether the header says that we derived this object.
 
-    uid_root   the root our UIDs are made under; it counts for derived images only, so a phantom we wrote as an
-               original is not mistaken for a result.
+    uid_root   the root our UIDs are made under. It counts for derived images only, so that a phantom we wrote as an
+               original is not taken for a result, and not if it is 2.25, which everybody may use (PS3.5 B.2).
     equipment  our ManufacturerModelName in ContributingEquipmentSequence with purpose 109102 DCM, Processing Equipment.
     """
     root = uid_root.rstrip(".") + "."
-    if text(header, "ImageType") == "DERIVED" and text(header, "SeriesInstanceUID").startswith(root):
+    ours = root != "2.25." and text(header, "SeriesInstanceUID").startswith(root)
+    if ours and text(header, "ImageType").upper() == "DERIVED":
         return True
     return any(
         text(item, "ManufacturerModelName").casefold() == equipment.casefold()

@@ -10,13 +10,24 @@ import math
 import struct
 
 from pydicom.dataset import Dataset
+from pydicom.errors import BytesLengthException
 from pydicom.multival import MultiValue
 from pydicom.sequence import Sequence as DicomSequence
 
 __all__ = ["integer", "items", "number", "numbers", "private_number", "text", "values"]
 
 # What pydicom raises for a value that is not what its VR promises.
-UNREADABLE = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, NotImplementedError, struct.error)
+UNREADABLE = (
+    ValueError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    NotImplementedError,
+    struct.error,
+    BytesLengthException,
+)
 
 
 def _raw(header: Dataset, keyword: str) -> object:

@@ -100,7 +100,7 @@ def _keyword_problem(keyword: str) -> str:
         return ""
     parts = keyword.split(".")
     for part in parts:
-        if tag_for_keyword(part) is None:
+        if not part or tag_for_keyword(part) is None:  # retired entries of the dictionary have an empty keyword
             return f"{keyword}: {part!r} is no DICOM keyword{_suggestion(part)}"
     *sequences, (last, vr) = [(part, dictionary_VR(part)) for part in parts]
     for part, part_vr in sequences:
