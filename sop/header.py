@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from pydicom.dataset import Dataset
+from pydicom.multival import MultiValue
 from pydicom.tag import Tag
 
 from sop.errors import Refused
@@ -24,15 +26,12 @@ def text(header: Dataset, keyword: str) -> str:
 def strings(header: Dataset, keyword: str, count: int) -> list[str]:
     """`count` decimal strings as they were written. Raises Refused "malformed"."""
     numbers(header, keyword, count)
-    value = _value(header, keyword)
-    values = [value] if isinstance(value, (str, float, int)) else list(value)
-    return [str(getattr(item, "original_string", item)).strip() for item in values]
+    return [str(getattr(item, "original_string", item)).strip() for item in _values(header, keyword)]
 
 
 def numbers(header: Dataset, keyword: str, count: int) -> list[float]:
     """`count` finite numbers. Raises Refused "malformed" where absent, too few, too many or not numbers."""
-    value = _value(header, keyword)
-    values = [] if value is None else [value] if isinstance(value, (str, float, int)) else list(value)
+    values = _values(header, keyword)
     try:
         result = [float(item) for item in values]
     except (TypeError, ValueError) as error:
@@ -59,6 +58,13 @@ def without_pixels(data: Dataset) -> Dataset:
     if getattr(data, "file_meta", None) is not None:
         header.file_meta = data.file_meta
     return header
+
+
+def _values(header: Dataset, keyword: str) -> list[Any]:
+    value = _value(header, keyword)
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (MultiValue, list, tuple)) else [value]
 
 
 def _value(header: Dataset, keyword: str) -> object:

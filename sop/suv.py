@@ -1,6 +1,6 @@
 """Standardised uptake values: factors by vendor rules; what is missing is refused, not guessed.
 
-    SUVbw  = c W / D          W body weight, g;  D = A 2^(-t / T_half) decayed dose, Bq;  c activity concentration, Bq/ml
+    SUVbw  = c W / D          c activity concentration, Bq/ml; W body weight, g; D = A 2^(-t / T_half) decayed dose, Bq
     SUVlbm = c LBM / D        LBM lean body mass, g
     SUVbsa = c BSA / D        BSA body surface area, cm2
 
@@ -158,8 +158,8 @@ def _refused(code: str, reason: str) -> Refused:
 def _bw(headers: Sequence[Dataset], unit: str) -> tuple[float, str]:
     """The factor to SUVbw and the rule it came by. Raises Refused."""
     first = headers[0]
-    for keyword in ("PatientWeight", "PatientSize", "PatientSex", "Units", "DecayCorrection", "SeriesDate", "SeriesTime",
-                    "CorrectedImage", "TimezoneOffsetFromUTC", "SUVType"):
+    for keyword in ("PatientWeight", "PatientSize", "PatientSex", "Units", "DecayCorrection", "SeriesDate",
+                    "SeriesTime", "CorrectedImage", "TimezoneOffsetFromUTC", "SUVType"):
         if len({text(header, keyword) for header in headers}) > 1:
             raise _refused("series-attributes-differ", f"{keyword} differs within the series")
     corrections = {str(value).strip().upper() for value in first.get("CorrectedImage") or ()}
@@ -198,8 +198,8 @@ def _decayed(headers: Sequence[Dataset]) -> tuple[float, str]:
     tracers = {_tracer_key(header) for header in headers}
     items = first.get("RadiopharmaceuticalInformationSequence") or []
     if len(tracers) > 1 or len(items) != 1:
-        raise _refused("radiopharmaceutical", "one item of RadiopharmaceuticalInformationSequence is needed, the same in all "
-                       f"slices; there are {max(len(tracers), len(items))}")
+        raise _refused("radiopharmaceutical", "one item of RadiopharmaceuticalInformationSequence is needed, the same "
+                       f"in all slices; there are {max(len(tracers), len(items))}")
     tracer = items[0]
     dose = _positive(tracer, "RadionuclideTotalDose", "dose-missing", most=1e12)
     decay = text(first, "DecayCorrection").upper()
@@ -213,7 +213,7 @@ def _decayed(headers: Sequence[Dataset]) -> tuple[float, str]:
     if elapsed < 0:
         raise _refused("injection-after-scan", f"the injection is dated {-elapsed:.0f} s after the scan")
     if elapsed > MOST_HALF_LIVES * half_life:
-        raise _refused("implausible-times", f"the injection is dated {elapsed / half_life:.0f} half lives before the scan")
+        raise _refused("implausible-times", f"the injection is dated {elapsed / half_life:.0f} half lives before scan")
     return decayed_dose(dose, elapsed, half_life), rule
 
 
@@ -260,8 +260,9 @@ def _reference_time(headers: Sequence[Dataset], half_life_s: float) -> tuple[dat
     if len(moments) < len(headers):
         return min(known), "earliest Acquisition Time"
     if (max(moments) - min(moments)).total_seconds() > SAME_REFERENCE_S:
-        raise _refused("times", "Series Time lies after the acquisition, and the reference times computed back from the "
-                       f"slices lie {(max(moments) - min(moments)).total_seconds():.0f} s apart")
+        apart_s = (max(moments) - min(moments)).total_seconds()
+        raise _refused("times", "Series Time lies after the acquisition, and the reference times computed back from "
+                       f"the slices lie {apart_s:.0f} s apart")
     return min(moments), "computed back from Frame Reference Time"
 
 
