@@ -377,7 +377,7 @@ def _render(
         grain = max(organ.grain_mm * scale, 6.0)
         outline = _Shape(middle + scale * np.array(organ.centre), scale * np.array(organ.radii),
                          _Waves.random(rng, grain), organ.bump_size)
-        texture = _Waves.random(rng, 0.7 * grain)
+        texture = _Waves.random(rng, 1.2 * grain)
         box, axes = _box_of(outline, truth.shape, fine)
         if box is None:
             continue

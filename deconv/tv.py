@@ -1,0 +1,196 @@
+"""Total-variation deconvolution with a given PSF, doubling the grid, solved exactly in Fourier space at every step.
+
+    minimise over x >= 0:   4 ||A x - y||² + lam TV(x),    TV(x) = sum over fine voxels of |grad x|
+
+A is the blur followed by the mean over 2 x 2 x 2 (deconv/pooled.py; 4 = 8 / 2 makes the fidelity count every fine voxel
+once). ADMM (split Bregman: Goldstein, Osher, SIAM J. Imaging Sci. 2, 323, 2009) with d = grad x and z = x:
+
+    x <- argmin 4 ||A x - y||² + rho/2 ||grad x - d + u||² + mu/2 ||x - z + w||²
+    d <- shrink(grad x + u, lam / rho);  u <- u + grad x - d      z <- max(x + w, 0);  w <- w + x - z
+
+u is the projection of grad x + u on the ball of radius lam / rho and w is min(x + w, 0), so neither d nor z is stored:
+the memory is six fine volumes and the transforms'. With L = rho |grad|² + mu in Fourier space the x-step is
+
+    x = L^-1 (r + b* c),   c = (8 y - fold(b L^-1 r)) / (1 + fold(|b|² / L)),   r = rho grad^T(d - u) + mu (z - w)
+
+where c, a spectrum of the PET grid, is repeated over the fine grid (the matrix inversion lemma on each eight).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from deconv.pooled import PooledBlur, Triple, fold, unfold_times
+from deconv.result import OnStep, Progress
+
+__all__ = ["noise_detail", "tv_deconvolve", "tv_weight"]
+
+
+def noise_detail(y: NDArray[np.floating]) -> float:
+    """Noise of y (D, H, W) relative to its signal, seen at the highest frequencies, where the PSF leaves no signal.
+
+    The root mean square of the second difference along all three axes (gain 1 for white noise) over that of y, both
+    where y exceeds a tenth of its maximum. White noise of 10 % gives 0.1; noise correlated over 4 mm on 2.8 mm voxels
+    0.028; blurred phantoms without noise 0.002 to 0.005.
+    """
+    image = np.asarray(y, dtype=np.float32)
+    hot = image > 0.1 * image.max()
+    detail = image
+    for axis in range(3):
+        detail = ndimage.convolve1d(detail, np.array([1.0, -2.0, 1.0]) / np.sqrt(6.0), axis=axis, mode="nearest")
+    signal = float(np.mean(np.square(image[hot], dtype=np.float64)))
+    return float(np.sqrt(np.mean(np.square(detail[hot], dtype=np.float64)) / signal))
+
+
+def tv_weight(y: NDArray[np.floating]) -> float:
+    """The weight of TV that suits the noise of y (D, H, W): 0.35 x `noise_detail`, from 5e-4 to 1e-2.
+
+    Fitted on the sphere and the head-and-neck phantom: the best weight without noise is about 5e-4, with 5 and 10 % of
+    noise correlated over 4 mm 5e-3 and 1e-2; within a factor of two of it NRMSE grows by less than 3 %.
+    """
+    return float(np.clip(0.35 * noise_detail(y), 5e-4, 1e-2))
+
+
+def tv_deconvolve(
+    y: torch.Tensor,
+    kernel: NDArray[np.floating] | torch.Tensor,
+    *,
+    kernel_grid: str = "pet",
+    lam: float | None = None,
+    iterations: int = 40,
+    spacing: Sequence[float] = (1.0, 1.0, 1.0),
+    slab: int | None = None,
+    on_step: OnStep | None = None,
+) -> torch.Tensor:
+    """(D, H, W) -> (2D, 2H, 2W) float32 on y's device: the non-negative minimiser described above.
+
+    It is scaled at the end so that total activity is that of y: borders and the last iterate's clipping cost up to 0.1 %.
+
+    kernel       convolution kernel, odd sizes; scaled to sum 1.
+    kernel_grid  "pet": kernel on y's grid, y = P(x) ∗ k (the paper's model). "fine": on the doubled grid, y = P(x ∗ k).
+    lam          weight of TV for an image whose maximum is 1 (y is divided by its maximum inside); None: `tv_weight`.
+    iterations   40 reach the minimum to within 1 % in NRMSE against the truth; 20 serve a first look.
+    spacing      of y along its axes, in any unit: TV measures slopes in space, not from voxel to voxel.
+    slab         solve slabs of that many slices with an overlap, cross-faded: bounds the memory. None: all at once.
+    on_step      called after every iteration with stage "tv"; what it raises passes.
+
+    Raises ValueError for a volume that is not three-dimensional, not finite, or nowhere positive, and for
+    lam, iterations or a slab that make no sense.
+    """
+    if y.ndim != 3:
+        raise ValueError(f"y must be (D, H, W), got shape {tuple(y.shape)}")
+    peak = float(y.max())
+    if not np.isfinite(peak) or not bool(torch.isfinite(y).all()):
+        raise ValueError("y holds values that are not finite")
+    if peak <= 0:
+        raise ValueError("y holds no positive activity")
+    lam = tv_weight(y.detach().cpu().numpy()) if lam is None else lam
+    if lam <= 0 or iterations < 1:
+        raise ValueError(f"lam and iterations must be positive, got {lam} and {iterations}")
+    k = np.asarray(kernel.detach().cpu() if isinstance(kernel, torch.Tensor) else kernel, dtype=np.float64)
+    overlap = 2 * (k.shape[0] // 2 // (2 if kernel_grid == "fine" else 1) + 1) + 4
+    pieces = _slabs(y.shape[0], slab, overlap)
+    out: torch.Tensor | None = None
+    for number, (start, stop) in enumerate(pieces):
+        report = _reporter(on_step, number, len(pieces), iterations)
+        model = PooledBlur((stop - start, *y.shape[1:]), k, kernel_grid=kernel_grid, device=y.device)
+        x = _solve(model, y[start:stop].float() / peak, lam, iterations, spacing, report)
+        out = x if out is None else _joined(out, x, start)
+    assert out is not None  # there is at least one piece
+    total = y.sum(dtype=torch.float64)
+    return out.mul_(float(8.0 * total / out.sum(dtype=torch.float64)) if float(total) > 0 else peak)
+
+
+def _solve(
+    model: PooledBlur, y: torch.Tensor, lam: float, iterations: int, spacing: Sequence[float],
+    report: Callable[[int, float], None],
+) -> torch.Tensor:
+    steps = [float(min(spacing)) / float(s) for s in spacing]  # 1 / voxel length, the shortest being 1
+    rho, mu = _penalties(lam)
+    inverse = _inverse_diagonal(model.fine, steps, rho, mu, model.device)
+    weight = fold((model.spectrum.real**2 + model.spectrum.imag**2) * inverse, model.coarse).add_(1.0)
+    padded = model.pad(y)
+    data = torch.fft.rfftn(padded).mul_(8.0)
+    x = padded.repeat_interleave(2, 0).repeat_interleave(2, 1).repeat_interleave(2, 2)
+    u = [torch.zeros_like(x) for _ in range(3)]
+    w = torch.zeros_like(x)
+    for step in range(iterations):
+        rhs = _shrunk(x, u, w, steps, lam / rho, rho, mu)
+        r = torch.fft.rfftn(rhs)
+        del rhs
+        missing = (data - fold((r * model.spectrum).mul_(inverse), model.coarse)).div_(weight)
+        r.add_(unfold_times(missing, model.spectrum.conj(), model.coarse)).mul_(inverse)
+        new = torch.fft.irfftn(r, s=model.fine)
+        del r
+        change = float((new - x).norm() / new.norm().clamp_min(1e-12))
+        x = new
+        report(step + 1, change)
+    return model.crop(x).clamp_min(0.0)
+
+
+def _penalties(lam: float) -> tuple[float, float]:
+    """rho and mu of the augmented Lagrangian: lam / rho is the slope, in maxima a voxel, that one step may flatten."""
+    return lam / 0.2, 0.01
+
+
+def _shrunk(
+    x: torch.Tensor, u: list[torch.Tensor], w: torch.Tensor, steps: Sequence[float], radius: float, rho: float, mu: float
+) -> torch.Tensor:
+    """Update u and w in place for the present x; return rho grad^T(d - u) + mu (z - w)."""
+    for axis in range(3):
+        u[axis].add_(torch.roll(x, -1, axis).sub_(x), alpha=steps[axis])
+    norm = (u[0].square() + u[1].square()).add_(u[2].square()).sqrt_().div_(radius).clamp_min_(1.0)
+    rhs = torch.zeros_like(x)
+    for axis in range(3):
+        v = u[axis].clone()
+        u[axis].div_(norm)
+        v.sub_(u[axis], alpha=2.0)  # d - u = v - 2 u
+        rhs.add_(torch.roll(v, 1, axis).sub_(v), alpha=rho * steps[axis])
+    w.add_(x)
+    v = w.clone()
+    w.clamp_max_(0.0)
+    return rhs.add_(v.sub_(w, alpha=2.0), alpha=mu)  # z - w = v - 2 w
+
+
+def _inverse_diagonal(
+    fine: Triple, steps: Sequence[float], rho: float, mu: float, device: torch.device
+) -> torch.Tensor:
+    """1 / L on the fine half spectrum, L = rho sum_a (2 - 2 cos w_a) steps_a² + mu."""
+    total = torch.full((1, 1, 1), mu, device=device)
+    for axis, n in enumerate(fine):
+        count = n // 2 + 1 if axis == 2 else n
+        angle = 2 * torch.pi * torch.arange(count, device=device, dtype=torch.float64) / n
+        term = (rho * steps[axis] ** 2 * (2 - 2 * torch.cos(angle))).float()
+        total = total + term.reshape([-1 if a == axis else 1 for a in range(3)])
+    return total.reciprocal_()
+
+
+def _slabs(slices: int, slab: int | None, overlap: int) -> list[tuple[int, int]]:
+    """[start, stop) of slabs of at most `slab` slices that share `overlap` slices with their neighbours."""
+    if slab is None or slices <= slab:
+        return [(0, slices)]
+    if slab <= overlap:
+        raise ValueError(f"slab of {slab} slices is not longer than the overlap of {overlap}; take a longer one")
+    count = int(np.ceil((slices - overlap) / (slab - overlap)))
+    edges = np.round(np.linspace(0, slices - overlap, count + 1)).astype(int)
+    return [(int(a), int(b) + overlap) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+
+
+def _joined(done: torch.Tensor, piece: torch.Tensor, start: int) -> torch.Tensor:
+    """Append `piece`, which begins at PET slice `start`, with a linear cross-fade over the shared fine slices."""
+    shared = done.shape[0] - 2 * start
+    fade = ((torch.arange(shared, device=piece.device) + 0.5) / shared).reshape(-1, 1, 1)
+    blend = done[2 * start :] * (1 - fade) + piece[:shared] * fade
+    return torch.cat([done[: 2 * start], blend, piece[shared:]])
+
+
+def _reporter(on_step: OnStep | None, number: int, pieces: int, iterations: int) -> Callable[[int, float], None]:
+    def report(step: int, change: float) -> None:
+        if on_step is not None:
+            on_step(Progress("tv", number * iterations + step, pieces * iterations, change))
+    return report
