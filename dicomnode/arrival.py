@@ -26,12 +26,17 @@ __all__ = [
     "levels",
     "normal_of",
     "placed",
+    "sideways_mm",
+    "stack_flaw",
     "step_of",
 ]
 
 Vector = tuple[float, float, float]
 
-SAME_POSITION_MM = 0.05  # two slices nearer than this along the normal are one position written twice
+SAME_POSITION_MM = 0.01  # two slices nearer than this along the normal are one position written twice
+# A real whole-body PET steps by 3.19 to 3.29 mm where bed positions meet (2.4 %); a missing slice doubles a gap.
+GAP_TOLERANCE = 0.05
+MISSING_SLICE = 1.5
 
 
 @dataclass(frozen=True)
@@ -112,6 +117,46 @@ def levels(heights: Iterable[float]) -> tuple[tuple[float, int], ...]:
 def step_of(heights: Sequence[float]) -> float | None:
     """Slice spacing in mm: the median distance of neighbours in ascending `heights`; None for fewer than two."""
     return median(after - before for before, after in pairwise(heights)) if len(heights) > 1 else None
+
+
+def stack_flaw(heights: Sequence[float]) -> tuple[str, str] | None:
+    """Why slices at these ascending heights (mm) make no regular stack, as (code, sentence); None if they do.
+
+    "gap": a distance of neighbours is half as large again as another, so slices are missing. "irregular": none is,
+    but not all distances lie within 5 % of their median.
+
+    >>> stack_flaw([0.0, 3.0, 6.0, 12.0])
+    ('gap', 'slices missing between 6.00 and 12.00 mm: 4 slices, 3 mm apart')
+    """
+    step = step_of(heights)
+    if step is None:
+        return None
+    gaps = list(pairwise(heights))
+    widths = [after - before for before, after in gaps]
+    narrow, wide = min(widths), max(widths)
+    if wide >= MISSING_SLICE * narrow:
+        holes = [(before, after) for before, after in gaps if after - before >= MISSING_SLICE * narrow]
+        before, after = holes[0]
+        where = f"between {before:.2f} and {after:.2f} mm"
+        more = f" and at {len(holes) - 1} other places" if len(holes) > 1 else ""
+        return "gap", f"slices missing {where}{more}: {len(heights)} slices, {narrow:.4g} mm apart"
+    if max(wide - step, step - narrow) > GAP_TOLERANCE * step:
+        return "irregular", f"slices {narrow:.4g} to {wide:.4g} mm apart: not one grid"
+    return None
+
+
+def sideways_mm(places: Sequence[tuple[Vector, Vector]]) -> float:
+    """How far a slice lies beside the line through the first slice along its normal, in mm; 0 for a right-angled stack.
+
+    places   as from `placed`, not empty.
+    """
+    first, normal = places[0]
+    farthest = 0.0
+    for position, _ in places:
+        offset = tuple(position[axis] - first[axis] for axis in range(3))
+        along = dot(offset, normal)
+        farthest = max(farthest, math.dist(offset, tuple(along * component for component in normal)))
+    return farthest
 
 
 def frame_planes(header: Dataset) -> tuple[tuple[Vector | None, tuple[float, ...] | None], ...]:

@@ -4,44 +4,47 @@ A series is complete when all of this holds (design: the life of a study):
 
     quiet      nothing new for `quiet_s`
     count      as many instances as the source peer holds, where it was asked
-    positions  uniform along the normal of the slices: neighbouring gaps within 5 % (at least 0.1 mm) of their median
+    positions  uniform along the normal of the slices: neighbouring gaps within 5 % of their median
     slices     as many positions as NumberOfSlices (0054,0081) says, where present
 
 Uniform gaps alone prove little: a series of which every second slice is missing is uniform too. Without a count from
 the header or the peer, the spacing must therefore agree with SpacingBetweenSlices or SliceThickness. What no header
 can show is a missing end; the reason then says so. docs/decisions/0003-what-counts-as-complete.md.
-
-5 %: a real whole-body PET steps by 3.19 to 3.29 mm where bed positions meet; a missing slice doubles a gap.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Literal
 
 from pydicom.dataset import Dataset
 
-from dicomnode.arrival import Arrival, dot, frame_planes, levels, placed, step_of
+from dicomnode.arrival import MISSING_SLICE, Arrival, dot, frame_planes, levels, placed, stack_flaw, step_of
 from dicomnode.headers import integer, items, number, text
 
 __all__ = ["Completeness", "completeness"]
 
-GAP_TOLERANCE = 0.05
-GAP_TOLERANCE_MM = 0.1
-MISSING_SLICE = 1.5  # a gap this many times another one, or the stated spacing, is a missing slice
 PARALLEL = 0.9999  # cosine between slice normals: 0.8 degrees
+
+SEND_MISSING = "send what is missing, or the whole series again"
+RECONSTRUCT = "reconstruct or export the volume as one series with one slice spacing"
+RESEND = "send the series again as the scanner wrote it"
+STATIC_ONLY = "send the static or whole-body reconstruction as a series of its own"
 
 
 @dataclass(frozen=True)
 class Completeness:
-    """The verdict. `until`, unix seconds: when to look again if nothing comes; only set while waiting."""
+    """The verdict. `until`, unix seconds: when to look again if nothing comes; only set while waiting.
+
+    `remedy`: what a person can do about it; only set when held.
+    """
 
     state: Literal["complete", "waiting", "held"]
     code: str
     reason: str
     until: float | None = None
+    remedy: str = ""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class _Finding:
     code: str
     reason: str
     curable: bool
+    remedy: str = SEND_MISSING
 
 
 @dataclass(frozen=True)
@@ -96,11 +100,11 @@ def completeness(
         return Completeness("complete", "complete", f"{verdict}; nothing new for {quiet_s:g} s")
     give_up = last + give_up_h * 3600
     if not verdict.curable:
-        return Completeness("held", verdict.code, verdict.reason)
+        return Completeness("held", verdict.code, verdict.reason, remedy=verdict.remedy)
     if now < give_up:
         return Completeness("waiting", verdict.code, verdict.reason, give_up)
-    given_up = f"{verdict.reason}; nothing new for {give_up_h:g} h: send the series again"
-    return Completeness("held", verdict.code, given_up)
+    given_up = f"{verdict.reason}; nothing new for {give_up_h:g} h"
+    return Completeness("held", verdict.code, given_up, remedy=verdict.remedy)
 
 
 def _once_each(arrivals: Sequence[Arrival]) -> tuple[Arrival, ...]:
@@ -142,14 +146,16 @@ def _frames_of(instances: tuple[Arrival, ...], header: Dataset) -> _Stack | _Fin
     """The stack inside a multi-frame object: one instance, or all parts of a concatenation (PS3.3 C.7.6.16.2.2.4)."""
     parts = integer(header, "InConcatenationTotalNumber") or 1
     if parts > 1:
-        return _Finding("concatenation", f"multi-frame object in {parts} parts: concatenations are not read", False)
+        reason = f"multi-frame object in {parts} parts: concatenations are not read"
+        return _Finding("concatenation", reason, False, RECONSTRUCT)
     if len(instances) > 1:
-        return _Finding("several-multi-frame", f"{len(instances)} multi-frame objects: which is the volume?", False)
+        reason = f"{len(instances)} multi-frame objects: which is the volume?"
+        return _Finding("several-multi-frame", reason, False, RECONSTRUCT)
     stated = integer(header, "NumberOfFrames") or 1
     planes = frame_planes(header)
     if not stated == len(planes) == instances[0].frames:
         counts = f"NumberOfFrames {stated}, {len(planes)} described, {instances[0].frames} received"
-        return _Finding("frames", f"the frames of the multi-frame object do not agree: {counts}", False)
+        return _Finding("frames", f"the frames of the multi-frame object do not agree: {counts}", False, RESEND)
     return _stack_of(planes, "frames")
 
 
@@ -158,11 +164,12 @@ def _stack_of(planes: Sequence[tuple[Sequence[float] | None, Sequence[float] | N
     if len(places) < len(planes):
         lost = len(planes) - len(places)
         reason = f"{lost} of {len(planes)} {what} without a usable ImagePositionPatient or ImageOrientationPatient"
-        return _Finding("no-position", reason, False)
+        return _Finding("no-position", reason, False, RESEND)
     axis = places[0][1]
     askew = sum(1 for _, normal in places if dot(axis, normal) < PARALLEL)
     if askew:
-        return _Finding("mixed-orientation", f"{askew} of {len(planes)} {what} are not parallel to the first", False)
+        reason = f"{askew} of {len(planes)} {what} are not parallel to the first"
+        return _Finding("mixed-orientation", reason, False, RECONSTRUCT)
     found = levels(dot(position, axis) for position, _ in places)
     return _Stack(tuple(height for height, _ in found), tuple(count for _, count in found))
 
@@ -173,27 +180,18 @@ def _too_few(stack: _Stack, header: Dataset, expected: int | None) -> _Finding |
         return None
     stated = integer(header, "NumberOfSlices")
     if 1 in (stated, expected):
-        return _Finding("single-slice", "the series is one slice: no volume to deblur", False)
+        return _Finding("single-slice", "the series is one slice: no volume to deblur", False, RECONSTRUCT)
     of = f" of {stated}" if stated is not None else ""
     return _Finding("single-slice", f"1{of} slices: one slice proves no spacing", True)
 
 
 def _gaps(stack: _Stack) -> _Finding | None:
     """The gap test on the distances of neighbouring slices along the normal."""
-    step = step_of(stack.heights) or 0.0
-    gaps = list(pairwise(stack.heights))
-    widths = [after - before for before, after in gaps]
-    if max(widths) >= MISSING_SLICE * min(widths):
-        holes = [(before, after) for before, after in gaps if after - before >= MISSING_SLICE * min(widths)]
-        before, after = holes[0]
-        where = f"between {before:.2f} and {after:.2f} mm"
-        more = f" and at {len(holes) - 1} other places" if len(holes) > 1 else ""
-        have = f"{len(stack.heights)} slices, {min(widths):.4g} mm apart"
-        return _Finding("gap", f"slices missing {where}{more}: {have}", True)
-    if max(abs(width - step) for width in widths) > max(GAP_TOLERANCE_MM, GAP_TOLERANCE * step):
-        reason = f"slices {min(widths):.4g} to {max(widths):.4g} mm apart: not one grid"
-        return _Finding("irregular", reason, False)
-    return None
+    flaw = stack_flaw(stack.heights)
+    if flaw is None:
+        return None
+    code, reason = flaw
+    return _Finding(code, reason, code == "gap", RECONSTRUCT if code == "irregular" else SEND_MISSING)
 
 
 def _images_per_position(header: Dataset) -> tuple[bool, int | None]:
@@ -218,12 +216,12 @@ def _repeats(stack: _Stack, header: Dataset) -> _Finding | None:
         if least == 1:  # strays that lie on another slice: the reader takes one of them
             return None
         reason = f"each position {least} times or more: frames of a series that does not call itself DYNAMIC or GATED"
-        return _Finding("repeated-positions", reason, False)
+        return _Finding("repeated-positions", reason, False, STATIC_ONLY)
     if least != most or (stated is not None and most < stated):
         times = f", {stated} said" if stated is not None else ""
         return _Finding("frames-missing", f"{least} to {most} images per position{times}", True)
     if stated is not None and most > stated:
-        return _Finding("frames-surplus", f"{most} images per position, {stated} said", False)
+        return _Finding("frames-surplus", f"{most} images per position, {stated} said", False, RESEND)
     return None
 
 
@@ -232,7 +230,8 @@ def _count(stack: _Stack, header: Dataset) -> _Finding | None:
     stated, found = integer(header, "NumberOfSlices"), len(stack.heights)
     if stated is None or found == stated:
         return None
-    return _Finding("slice-count", f"{found} of {stated} slices (NumberOfSlices)", found < stated)
+    reason = f"{found} of {stated} slices (NumberOfSlices)"
+    return _Finding("slice-count", reason, found < stated, SEND_MISSING if found < stated else RECONSTRUCT)
 
 
 def _spacing_evidence(stack: _Stack, header: Dataset, shown: str) -> _Finding | str:

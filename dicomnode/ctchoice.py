@@ -21,13 +21,14 @@ from typing import Literal
 
 from pydicom.dataset import Dataset
 
-from dicomnode.arrival import Arrival, Vector, dot, frame_planes, levels, placed, step_of
+from dicomnode.arrival import Arrival, Vector, dot, frame_planes, levels, placed, sideways_mm, stack_flaw, step_of
 from dicomnode.headers import items, number, text, values
 
 __all__ = ["GuideChoice", "GuideDecision", "SeriesGeometry", "choose_guide", "geometry_of", "guide_wait"]
 
 COVERAGE_TIE = 0.01
 THICKNESS_TIE_MM = 0.1
+SHEAR_MM = 0.1  # a slice this far beside the normal through the first: the stack is not right-angled
 PARALLEL = 0.999  # cosine between the normals of PET and CT: 2.6 degrees
 
 _CORRECTION_WORDS = re.compile(r"\b(CT[ _-]?AC|AC[ _-]?CT|ACCT|ATTENUATION|ATTN)(?![A-Z])|_?AC_CT", re.IGNORECASE)
@@ -41,6 +42,8 @@ class SeriesGeometry:
     slice_thickness_mm            SliceThickness; the spacing where the header has none; 0 when neither is known.
     slices                        distinct positions.
     is_parallel                   the slices are parallel to the ones the axis belongs to.
+    flaw                          why the slices make no regular stack (missing, uneven, sheared); "" if they do.
+    axis                          unit vector the extent is measured along; the normal of the slices if none was given.
     attenuation_correction_hint   the header says that this CT was made for attenuation correction.
     attenuation_correction_method of a PET; scanners write the description of the CT they used into it.
     """
@@ -54,6 +57,8 @@ class SeriesGeometry:
     slices: int
     is_localizer: bool = False
     is_parallel: bool = True
+    flaw: str = ""
+    axis: Vector = (0.0, 0.0, 1.0)
     attenuation_correction_hint: bool = False
     contrast: bool = False
     description: str = ""
@@ -106,11 +111,22 @@ def geometry_of(arrivals: Sequence[Arrival], header: Dataset, *, normal: Vector 
         slices=len(heights),
         is_localizer="LOCALIZER" in (value.upper() for value in values(header, "ImageType")),
         is_parallel=all(abs(dot(own, axis)) >= PARALLEL for _, own in places),
+        flaw=_flaw(places, heights),
+        axis=axis,
         attenuation_correction_hint=_made_for_correction(header),
         contrast=_with_contrast(header),
         description=text(header, "SeriesDescription"),
         attenuation_correction_method=", ".join(values(header, "AttenuationCorrectionMethod")),
     )
+
+
+def _flaw(places: Sequence[tuple[Vector, Vector]], heights: Sequence[float]) -> str:
+    """Why these slices make no right-angled regular stack; "" if they do. Only such a stack can be read as a volume."""
+    uneven = stack_flaw(heights)
+    if uneven is not None:
+        return uneven[1]
+    aside = sideways_mm(places) if places else 0.0
+    return f"slices lie up to {aside:.3g} mm aside, as with a tilted gantry" if aside > SHEAR_MM else ""
 
 
 def _made_for_correction(header: Dataset) -> bool:
@@ -154,6 +170,8 @@ def _unusable(pet: SeriesGeometry, ct: SeriesGeometry) -> str:
         return f"has {ct.slices} placed slices, no volume"
     if not ct.is_parallel:
         return "its slices are not parallel to the PET's"
+    if ct.flaw:
+        return f"is no regular volume: {ct.flaw}"
     return "" if _coverage(pet, ct) > 0 else "does not overlap the PET"
 
 

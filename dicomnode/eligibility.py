@@ -20,7 +20,7 @@ from pydicom.uid import UID_dictionary
 
 from dicomnode.headers import items, number, private_number, text, values
 
-__all__ = ["Eligibility", "Kind", "eligible", "is_own_output"]
+__all__ = ["Eligibility", "Kind", "eligible"]
 
 Kind = Literal["pet", "guide", "ignored", "refused"]
 
@@ -31,7 +31,7 @@ CT_CLASSES = ("1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.2.1", "1.2.8
 
 VOLUME_TYPES = ("STATIC", "WHOLE BODY")
 PER_FRAME_TYPES = ("DYNAMIC", "GATED")
-QUANTITATIVE_UNITS = ("BQML", "GML")  # CNTS besides, with the Philips factors
+QUANTITATIVE_UNITS = ("BQML", "GML", "CM2ML")  # CNTS besides, with the Philips factors
 PROJECTION_WORDS = {"MIP", "MAX_IP", "MAX IP", "MIN_IP", "MIN IP", "REPROJECTION", "PROJECTION IMAGE", "PROJECTION"}
 PICTURE_WORDS = {"FUSED", "FUSION", "SCREEN SAVE", "SCREENSAVE", "SCREENSHOT", "SCREEN CAPTURE", "DOSE_INFO"}
 GEOMETRY = ("FrameOfReferenceUID", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")
@@ -52,7 +52,7 @@ def eligible(
 ) -> Eligibility:
     """What to do with the series that `header` (one instance, without pixels) belongs to.
 
-    own_output       the ledger or `is_own_output` says we made it.
+    own_output       the ledger, the UID root or the contributing equipment say that we made it.
     allow_per_frame  a route processes DYNAMIC and GATED series frame by frame.
     allow_derived    a person asked for this series although its ImageType says DERIVED.
     """
@@ -69,31 +69,13 @@ def eligible(
         return Eligibility(
             "refused",
             "legacy-converted",
-            "Legacy Converted Enhanced PET is a repackaged copy of a single-frame series and is not read",
+            "Legacy Converted Enhanced PET is a repackaged copy of a single-frame series; the original is what counts",
             "send the original single-frame PET series",
         )
     name = UID_dictionary[sop_class][0] if sop_class in UID_dictionary else f"SOP Class {sop_class or 'not named'}"
     if text(header, "Modality") == "PT":
         return Eligibility("ignored", "pet-picture", f"{name} of modality PT: a picture or report of a PET, no volume")
     return Eligibility("ignored", "other-sop-class", f"{name} is neither PET nor CT: stored and left alone")
-
-
-def is_own_output(header: Dataset, *, uid_root: str, equipment: str) -> bool:
-    """Whether the header says that we derived this object.
-
-    uid_root   the root our UIDs are made under. It counts for derived images only, so that a phantom we wrote as an
-               original is not taken for a result, and not if it is 2.25, which everybody may use (PS3.5 B.2).
-    equipment  our ManufacturerModelName in ContributingEquipmentSequence with purpose 109102 DCM, Processing Equipment.
-    """
-    root = uid_root.rstrip(".") + "."
-    ours = root != "2.25." and text(header, "SeriesInstanceUID").startswith(root)
-    if ours and text(header, "ImageType").upper() == "DERIVED":
-        return True
-    return any(
-        text(item, "ManufacturerModelName").casefold() == equipment.casefold()
-        and any(text(code, "CodeValue") == "109102" for code in items(item, "PurposeOfReferenceCodeSequence"))
-        for item in items(header, "ContributingEquipmentSequence")
-    )
 
 
 def _judge_picture(header: Dataset) -> Eligibility | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dicomnode.arrival import Arrival, Vector, arrival_of, normal_of
 from dicomnode.completeness import Completeness, completeness
 from dicomnode.ctchoice import GuideChoice, GuideDecision, SeriesGeometry, choose_guide, geometry_of, guide_wait
-from dicomnode.eligibility import Eligibility, eligible, is_own_output
+from dicomnode.eligibility import Eligibility, eligible
 
 __all__ = [
     "Arrival",
@@ -25,6 +25,5 @@ __all__ = [
     "eligible",
     "geometry_of",
     "guide_wait",
-    "is_own_output",
     "normal_of",
 ]

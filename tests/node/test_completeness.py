@@ -28,6 +28,7 @@ def state(arrivals: list[Arrival], header: Dataset, **options: Any) -> tuple[str
     found = judge(arrivals, header, **options)
     assert found.reason
     assert (found.until is not None) == (found.state == "waiting")
+    assert bool(found.remedy) == (found.state == "held")
     return found.state, found.code
 
 
@@ -62,7 +63,7 @@ def test_incomplete_series_is_held_after_the_give_up_time():
     """Waiting ends `give_up_h` after the last arrival, with the reason and what to do."""
     found = judge(stack(38), pet_header(NumberOfSlices=40), now=GIVEN_UP)
     assert (found.state, found.code) == ("held", "slice-count")
-    assert "send the series again" in found.reason
+    assert "nothing new for 24 h" in found.reason
 
 
 def test_gap_waits_and_names_the_place():

@@ -53,6 +53,31 @@ def test_coronal_reformat_is_not_parallel():
     assert choose_guide(PET, [replace(found, series_uid="1.2.3.2")]).series_uid is None
 
 
+def test_ct_with_missing_slices_is_no_guide():
+    """A hole in the CT would be bridged by nobody: it is passed over with the place of the hole."""
+    arrivals = stack(20)
+    del arrivals[10]
+    holed = geometry_of(arrivals, ct_header(), normal=(0.0, 0.0, 1.0))
+    choice = choose_guide(PET, [holed, ct("9", axial_max_mm=30.0)])
+    assert choice.series_uid == "9"
+    assert "27.00 and 33.00 mm" in reasons(choice)["1.2.3.2"]
+
+
+def test_ct_with_tilted_gantry_is_no_guide():
+    """A sheared stack has no right-angled grid."""
+    sheared = [replace(one, position=(0.0, 0.2 * index, 3.0 * index)) for index, one in enumerate(stack(20))]
+    found = geometry_of(sheared, ct_header(), normal=(0.0, 0.0, 1.0))
+    assert "3.8 mm aside" in found.flaw
+    assert choose_guide(PET, [found]).series_uid is None
+
+
+def test_axis_is_the_normal_unless_given():
+    """What a CT is to be measured along is read off the PET's geometry."""
+    coronal = geometry_of(arrivals_at(0.0, 3.0, orientation=CORONAL), pet_header())
+    assert coronal.axis == (0.0, 1.0, 0.0)
+    assert geometry_of(stack(5), ct_header(), normal=coronal.axis).axis == coronal.axis
+
+
 def test_enhanced_object_is_measured_by_its_frames():
     """The positions of a multi-frame object are inside its functional groups."""
     found = geometry_of([], enhanced_pet_header(heights=(0.0, 3.0, 6.0)))
@@ -133,6 +158,7 @@ def test_ct_named_by_the_pet_is_the_correction_ct():
         ({"is_localizer": True}, "scout"),
         ({"slices": 1}, "no volume"),
         ({"is_parallel": False}, "not parallel"),
+        ({"flaw": "slices missing"}, "slices missing"),
         ({"axial_min_mm": 900.0, "axial_max_mm": 1500.0}, "does not overlap"),
     ],
 )

@@ -6,9 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydicom.dataset import Dataset
-from pydicom.sequence import Sequence
 
-from dicomnode.matching import eligible, is_own_output
+from dicomnode.matching import eligible
 from tests.node.matching_factories import ct_header, enhanced_pet_header, mutate, pet_header
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*Invalid value for VR:UserWarning", "ignore::UserWarning:pydicom")
@@ -123,6 +122,12 @@ def test_proportional_counts_are_refused():
     assert verdict(pet_header(Units="PROPCPS")) == ("refused", "units")
 
 
+@pytest.mark.parametrize("units", ["GML", "CM2ML"])
+def test_suv_is_a_unit(units):
+    """Series already in SUV, by weight or by body surface, are deblurred in that unit."""
+    assert verdict(pet_header(Units=units)) == ("pet", "pet")
+
+
 def test_ct_volume_guides_and_scouts_do_not():
     """A CT with a place in the patient may guide, as scanners or de-identification wrote it."""
     assert verdict(ct_header()) == ("guide", "guide")
@@ -168,29 +173,6 @@ def test_legacy_converted_pet_is_held():
     assert "original" in found.remedy
 
 
-def test_own_output_is_recognised_by_root_or_equipment():
-    """Derived under our root, or carrying our contributing equipment; a phantom original under our root is not."""
-    own = {"uid_root": "1.2.826.0.1", "equipment": "dicomnode"}
-    derived = ["DERIVED", "PRIMARY"]
-    assert is_own_output(pet_header(SeriesInstanceUID="1.2.826.0.1.77", ImageType=derived), **own)
-    assert not is_own_output(pet_header(SeriesInstanceUID="1.2.826.0.1.77"), **own)
-    assert not is_own_output(pet_header(SeriesInstanceUID="1.2.826.0.11.77", ImageType=derived), **own)
-    code, item = Dataset(), Dataset()
-    code.CodeValue, code.CodingSchemeDesignator = "109102", "DCM"
-    item.ManufacturerModelName = "dicomnode"
-    item.PurposeOfReferenceCodeSequence = Sequence([code])
-    marked = pet_header(ContributingEquipmentSequence=Sequence([item]))
-    assert is_own_output(marked, **own)
-    item.ManufacturerModelName = "another workstation"
-    assert not is_own_output(marked, **own)
-
-
-def test_shared_uuid_root_marks_nobody():
-    """2.25 is the root of every UUID-made UID: a derived series under it need not be ours."""
-    header = pet_header(SeriesInstanceUID="2.25.123", ImageType=["DERIVED", "PRIMARY"])
-    assert not is_own_output(header, uid_root="2.25", equipment="dicomnode")
-
-
 KEYWORDS = st.sampled_from(
     ["SOPClassUID", "ImageType", "SeriesType", "CorrectedImage", "Units", "SamplesPerPixel", "SeriesInstanceUID",
      "ImagePositionPatient", "ImageOrientationPatient", "NumberOfFrames", "PhotometricInterpretation"]
@@ -203,6 +185,6 @@ def test_no_header_makes_the_rule_fail(mutations):
     header = pet_header()
     for keyword, raw in mutations.items():
         mutate(header, keyword, raw)
-    found = eligible(header, own_output=is_own_output(header, uid_root="1.2.3", equipment="dicomnode"))
+    found = eligible(header, own_output=False)
     assert found.kind in ("pet", "guide", "ignored", "refused")
     assert found.reason
