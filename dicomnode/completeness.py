@@ -197,7 +197,7 @@ def _gaps(stack: _Stack) -> _Finding | None:
 def _images_per_position(header: Dataset) -> tuple[bool, int | None]:
     """Whether the series repeats positions over time or gates, and how often it says so (PS3.3 C.8.9.4.1.9).
 
-    NumberOfTimeSlices counts for DYNAMIC alone: a real STATIC series carries its acquisition frames there.
+    NumberOfTimeSlices counts for DYNAMIC alone: a real STATIC series numbers its bed positions with it.
     """
     series_type = text(header, "SeriesType").upper()
     if series_type == "DYNAMIC":

@@ -171,7 +171,7 @@ def test_gated_series_needs_all_its_gates():
 
 
 def test_static_series_ignores_number_of_time_slices():
-    """A real GE STATIC series carries its acquisition frames in NumberOfTimeSlices; its slices are not repeated."""
+    """A real GE STATIC series numbers its bed positions in NumberOfTimeSlices; its slices are not repeated."""
     assert state(stack(40), pet_header(NumberOfSlices=40, NumberOfTimeSlices=6))[0] == "complete"
 
 
