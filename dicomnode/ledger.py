@@ -299,6 +299,14 @@ class Ledger:
                          attempts=job["attempts"] + 1, started_at=now, progress=None)
             return self.job(job["id"])
 
+    def running_jobs(self) -> list[dict[str, Any]]:
+        """Jobs in state running, whoever has their lease."""
+        return [_decoded(dict(row)) for row in self._query("SELECT * FROM job WHERE state = 'running' ORDER BY id")]
+
+    def count_events(self, job_id: int, *, code: str) -> int:
+        """How often the history of a job shows that code."""
+        return int(self._query("SELECT count(*) AS n FROM event WHERE job_id = ? AND code = ?", (job_id, code))[0]["n"])
+
     def renew(self, job_id: int, owner: str, *, now: float, lease_s: float,
               progress: Mapping[str, Any] | None = None) -> bool:
         """Heartbeat of a running job. False where the job is no longer `owner`'s: stop working on it."""

@@ -1,0 +1,226 @@
+"""The delivery queue: every built derived series to every peer of its route, until each instance is confirmed.
+
+One thread per peer, so that a peer that is down or slow delays nobody else. Only instances without a confirming status
+are sent; answers are recorded in batches as they come, so a crash repeats at most one batch, and the peer knows the
+repeated instances by their UID. Failures are retried with exponential backoff and jitter until `give_up_h`.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydicom import dcmread
+
+from dicomnode import scu
+from dicomnode.config import Config, Delivery
+from dicomnode.errors import ConfigError, NotFound, PeerUnreachable, TransitionRefused
+from dicomnode.ledger import Ledger
+from dicomnode.logs import get_logger
+from dicomnode.spool import Spool
+
+__all__ = ["Deliverer", "Verdict", "backoff_s", "judge"]
+
+BATCH = 16  # answers recorded in one transaction: what a kill -9 can make us send again
+BATCH_S = 0.5
+REFUSALS = 5  # attempts after which a peer that refuses the objects themselves is believed
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What all statuses of one delivery amount to: delivered, or how many instances are missing and why."""
+
+    delivered: bool
+    reason: str
+    refused: bool = False
+
+
+def judge(statuses: Iterable[int], *, expected: int) -> Verdict:
+    """Delivered when all `expected` instances were answered with success or a warning; warnings are counted.
+
+    `refused` where a status says that the objects themselves are not wanted (PS3.4 B.2.3: 0xA9xx, 0xCxxx; PS3.7 C.5:
+    0x01xx): waiting does not mend that, as it does 0xA7xx, out of resources.
+    """
+    answers = list(statuses)
+    stored = [status for status in answers if scu.is_success(status) or scu.is_warning(status)]
+    warnings = [status for status in stored if scu.is_warning(status)]
+    if len(stored) == expected:
+        shown = f" with {len(warnings)} warnings ({_codes(warnings)})" if warnings else ""
+        return Verdict(True, f"{expected} instances confirmed{shown}")
+    failed = [status for status in answers if status not in stored]
+    shown = f"status {_codes(failed)}" if failed else "not answered"
+    refused = bool(failed) and all(status >> 8 in (0xA9, 0x01) or status >> 12 == 0xC for status in failed)
+    return Verdict(False, f"{expected - len(stored)} of {expected} instances not stored: {shown}", refused)
+
+
+def backoff_s(attempts: int, delivery: Delivery, rng: random.Random) -> float:
+    """Seconds to wait after the `attempts`-th failure: doubling from retry_s to retry_max_s, spread by -25 to +25 %."""
+    steady = min(delivery.retry_max_s, delivery.retry_s * 2.0 ** min(attempts - 1, 40))
+    return steady * rng.uniform(0.75, 1.25)
+
+
+def _codes(statuses: list[int]) -> str:
+    return ", ".join(f"0x{status:04X}" for status in sorted(set(statuses)))
+
+
+class _Recorder:
+    """Collects answers and writes them to the ledger in batches."""
+
+    def __init__(self, ledger: Ledger, delivery_id: int, clock: Callable[[], float]) -> None:
+        self._ledger, self._delivery_id, self._clock = ledger, delivery_id, clock
+        self._pending: list[scu.Answer] = []
+        self._written_at = clock()
+
+    def __call__(self, answer: scu.Answer) -> None:
+        self._pending.append(answer)
+        if len(self._pending) >= BATCH or abs(self._clock() - self._written_at) >= BATCH_S:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._pending:
+            self._ledger.put_statuses(
+                self._delivery_id, [(a.sop_instance_uid, a.status, a.comment) for a in self._pending],
+                now=self._clock())
+        self._pending.clear()
+        self._written_at = self._clock()
+
+
+class Deliverer:
+    """Sends what is due. `tick` is called often and returns at once; threads do the sending."""
+
+    def __init__(self, config: Config, ledger: Ledger, spool: Spool, *, clock: Callable[[], float] = time.time,
+                 rng: random.Random | None = None) -> None:
+        self._config, self._ledger, self._spool = config, ledger, spool
+        self._clock, self._rng = clock, rng or random.Random()
+        self._stop = threading.Event()
+        self._threads: dict[str, threading.Thread] = {}
+
+    def tick(self) -> None:
+        """Start a thread for every peer that has something due and none running."""
+        due: dict[str, list[dict[str, Any]]] = {}
+        for row in self._ledger.due_deliveries(now=self._clock()):
+            due.setdefault(row["peer"], []).append(row)
+        for peer, rows in due.items():
+            running = self._threads.get(peer)
+            if not self._stop.is_set() and (running is None or not running.is_alive()):
+                self._threads[peer] = threading.Thread(target=self._send_all, args=(rows,), name=f"deliver-{peer}",
+                                                       daemon=True)
+                self._threads[peer].start()
+
+    def close(self, timeout_s: float) -> None:
+        """Stop after the instance that is on its way; what is unsent stays due."""
+        self._stop.set()
+        until = time.monotonic() + timeout_s
+        for thread in self._threads.values():
+            thread.join(max(0.0, until - time.monotonic()))
+
+    def _send_all(self, rows: list[dict[str, Any]]) -> None:
+        for row in rows:
+            if self._stop.is_set():
+                return
+            try:
+                self.send(row)
+            except Exception:
+                # One delivery must not end the peer's thread for the others: it stays due and is tried again.
+                log.exception("delivery failed unexpectedly", action="delivery_error", delivery=row["id"])
+                self._again(row, f"internal error, see the log of {time.strftime('%Y-%m-%d %H:%M:%S')}")
+
+    def send(self, row: dict[str, Any]) -> None:
+        """One attempt at one delivery (a row of `Ledger.due_deliveries`), its outcome entered in the ledger."""
+        job_id = row["job_id"]
+        try:
+            self._begin(job_id)
+            peer = self._config.named_peer(row["peer"])
+        except ConfigError as error:
+            self._again(row, str(error))
+            return
+        except (TransitionRefused, NotFound):
+            return  # cancelled or held between the query and now
+        job = self._ledger.job(job_id)
+        files = _by_uid(self._spool.absolute(job["derived_path"]))
+        if len(files) != job["derived_instances"]:
+            self._lost(job, len(files))
+            return
+        answered = self._ledger.statuses(row["id"])
+        left = [path for uid, path in files.items() if not _stored(answered.get(uid))]
+        recorder = _Recorder(self._ledger, row["id"], self._clock)
+        problem = ""
+        try:
+            scu.send(peer, left, calling_ae=self._config.node.ae_title, on_answer=recorder,
+                     stopped=self._stopped(job_id), dimse_timeout_s=self._config.delivery.dimse_timeout_s,
+                     connect_timeout_s=self._config.delivery.connect_timeout_s)
+        except PeerUnreachable as error:
+            problem = str(error)
+        finally:
+            recorder.flush()
+        self._conclude(row, files, problem)
+
+    def _begin(self, job_id: int) -> None:
+        with self._ledger.transaction():
+            state = self._ledger.job(job_id)["state"]
+            if state == "built":
+                self._ledger.set_job(job_id, "sending", now=self._clock())
+            elif state != "sending":
+                raise TransitionRefused(f"job {job_id} is {state}: not to be sent")
+
+    def _stopped(self, job_id: int) -> Callable[[], bool]:
+        """Whether to stop between two instances: we are ending, or a person stopped the job (asked once a second)."""
+        asked_at, wanted = time.monotonic(), True
+
+        def stopped() -> bool:
+            nonlocal asked_at, wanted
+            if time.monotonic() - asked_at > 1.0:
+                asked_at, wanted = time.monotonic(), self._ledger.job(job_id)["state"] == "sending"
+            return self._stop.is_set() or not wanted
+
+        return stopped
+
+    def _conclude(self, row: dict[str, Any], files: dict[str, Path], problem: str) -> None:
+        statuses = self._ledger.statuses(row["id"])
+        verdict = judge((status for uid, status in statuses.items() if uid in files), expected=len(files))
+        if verdict.delivered:
+            self._ledger.set_delivery(row["id"], "delivered", now=self._clock(), reason=verdict.reason,
+                                      attempts=row["attempts"] + 1)
+            log.info("derived series delivered", action="delivered", job=row["job_id"], peer=row["peer"])
+        elif not self._stop.is_set() and self._ledger.job(row["job_id"])["state"] == "sending":
+            believed = verdict.refused and not problem and row["attempts"] + 1 >= REFUSALS
+            self._again(row, f"{problem} ({verdict.reason})" if problem else verdict.reason, dead=believed)
+
+    def _lost(self, job: dict[str, Any], found: int) -> None:
+        """Somebody removed files: never send a part. Forgetting the folder makes `retry` compute it again."""
+        reason = (f"{found} of {job['derived_instances']} derived instances are left in {job['derived_path']}. "
+                  f"Remedy: `dicomnode retry job:{job['id']}` computes the series again.")
+        self._ledger.set_job(job["id"], "held", now=self._clock(), code="derived-lost", reason=reason,
+                             derived_path=None)
+        log.error("derived series incomplete on disk", action="derived_lost", job=job["id"])
+
+    def _again(self, row: dict[str, Any], reason: str, *, dead: bool = False) -> None:
+        """After a failure: wait and try again, or give the delivery up when it is too old."""
+        now, attempts = self._clock(), row["attempts"] + 1
+        age_h = (now - row["created_at"]) / 3600
+        if dead or age_h >= self._config.delivery.give_up_h:
+            text = f"{reason}; given up after {attempts} attempts in {age_h:.1f} h. Remedy: mend the peer, then `retry`"
+            self._ledger.set_delivery(row["id"], "dead", now=now, reason=text, attempts=attempts)
+            log.error("delivery given up", action="delivery_dead", job=row["job_id"], peer=row["peer"], reason=reason)
+            return
+        wait = backoff_s(attempts, self._config.delivery, self._rng)
+        self._ledger.set_delivery(row["id"], "waiting", now=now, reason=reason, next_at=now + wait, attempts=attempts)
+        log.warning("delivery will be tried again", action="delivery_retry", job=row["job_id"], peer=row["peer"],
+                    reason=reason, wait_s=round(wait, 1))
+
+
+def _by_uid(folder: Path) -> dict[str, Path]:
+    """SOP Instance UID -> file, in the order of the file names."""
+    return {str(dcmread(path, stop_before_pixels=True, specific_tags=["SOPInstanceUID"]).SOPInstanceUID): path
+            for path in sorted(folder.glob("*.dcm"))}
+
+
+def _stored(status: int | None) -> bool:
+    return status is not None and (scu.is_success(status) or scu.is_warning(status))

@@ -1,0 +1,306 @@
+"""Where pipelines run: one child process per job, so that a crash, a hang or a GPU fault cannot take the node down.
+
+The executor claims a job, writes an order into work/JOB, starts `python -m dicomnode.pipeline` and listens. The child
+reports by JSON lines on its standard output; it dies with us (PR_SET_PDEATHSIG, end of its standard input). We renew
+the job's lease while it lives, and kill it when the job is taken from us, or when it says nothing new for `hang_s`.
+
+What the child says, or how it ends, becomes the job's next state:
+
+    built      moved to derived/JOB and entered with its deliveries
+    refused    held for a person, with reason and remedy: trying again would refuse again
+    failed, died, hung     another attempt after a wait that doubles; held once `attempts` are used up
+    we are told to stop    queued again, not counted as an attempt
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dicomnode import __version__
+from dicomnode.config import Config
+from dicomnode.errors import NotFound, TransitionRefused
+from dicomnode.ledger import Ledger
+from dicomnode.logs import get_logger
+from dicomnode.process import PARENT_VARIABLE, end
+from dicomnode.spool import Spool, fsync_dir
+
+__all__ = ["Executor", "REPORT_FILE"]
+
+REPORT_FILE = "report.json"
+LOST_LIMIT = 20  # a job that was running each time the whole node died so often is not tried again unseen
+LAST_WORDS = ("built", "refused", "failed")  # after these the child leaves by itself
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
+POLL_S = 0.25
+GRACE_S = 3.0
+PIPELINE = (sys.executable, "-m", "dicomnode.pipeline")
+
+log = get_logger(__name__)
+
+
+class Executor:
+    """Runs one job at a time. `command` starts the child; it gets the path of its order as last argument."""
+
+    def __init__(self, config: Config, ledger: Ledger, spool: Spool, *, clock: Callable[[], float] = time.time,
+                 command: Sequence[str] = PIPELINE) -> None:
+        self._config, self._ledger, self._spool, self._clock = config, ledger, spool, clock
+        self._command = tuple(command)
+        self._owner = f"{os.uname().nodename}:{os.getpid()}"
+
+    def recover(self) -> int:
+        """At start, when no other worker can be alive: what is still `running` was lost with the last one; how many.
+
+        Such a job is queued again at once and the attempt is not counted; one that is lost again and again is held.
+        """
+        lost = self._ledger.running_jobs()
+        for job in lost:
+            times = self._ledger.count_events(job["id"], code="worker-lost") + 1
+            if times > LOST_LIMIT:
+                self._hold(job["id"], "worker-lost", f"the worker died {times} times while this job ran. Remedy: look "
+                           f"at memory and the log, then `dicomnode retry job:{job['id']}`")
+                continue
+            self._ledger.set_job(job["id"], "queued", now=self._clock(), code="worker-lost",
+                                 reason="the worker ended while the job ran", attempts=max(0, job["attempts"] - 1))
+        return len(lost)
+
+    def run(self, stop: threading.Event) -> None:
+        """Claim and run jobs until `stop` is set."""
+        while not stop.is_set():
+            job = self._ledger.claim(self._owner, now=self._clock(), lease_s=self._config.work.lease_s)
+            if job is None:
+                stop.wait(0.5)
+            else:
+                self.run_job(job, stop)
+
+    def run_job(self, job: dict[str, Any], stop: threading.Event) -> None:
+        """Run one claimed job to its next state."""
+        if self._adopt(job):
+            return
+        if job["attempts"] > self._config.work.attempts:
+            self._hold(job["id"], "attempts", f"{job['reason'] or 'every attempt failed'}; attempts used up. Remedy: "
+                       f"look at the log, then `dicomnode retry job:{job['id']}`")
+            return
+        folder = self._spool.data_dir / "work" / str(job["id"])
+        try:
+            order = self._order(job, folder)
+            outcome = self._child(job, order, stop)
+            self._conclude(job, folder, outcome)
+        except (TransitionRefused, NotFound) as error:
+            log.info("job was taken away", action="job_taken", job=job["id"], reason=str(error))
+        except OSError as error:
+            self._failed(job, f"cannot prepare or keep the work of the job: {error}")
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    # --- the order
+
+    def _order(self, job: dict[str, Any], folder: Path) -> Path:
+        """work/JOB/order.json: all that the child needs to know; it opens neither the ledger nor the configuration."""
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(mode=0o700)
+        guide = job["guide_series_uid"]
+        route = self._config.named_route(job["route"])
+        derived, node = self._config.derived, self._config.node
+        order = {
+            "pet_files": self._files(job["series_uid"], job["inputs"]),
+            "guide_files": self._files(guide, job["inputs"]) if guide else [],
+            "guide_required": route is not None and route.guide == "require",
+            "method": job["method"],
+            "preset": job["preset"],
+            "settings": job["settings"],
+            "device": self._config.work.device,
+            "threads": self._config.work.threads,
+            # The time of the job, not of the attempt: a repeat writes the same bytes under the same UIDs.
+            "now": job["created_at"],
+            "derivation": {
+                "software_version": __version__,
+                "uid_root": node.uid_root,
+                "series_description": (route.series_description if route else None) or derived.series_description,
+                "series_number_offset": derived.series_number_offset,
+                "taken_series_numbers": self._taken_numbers(job),
+                "research_use": derived.research_use,
+                "institution": node.institution,
+                "station": node.station_name,
+            },
+        }
+        path = folder / "order.json"
+        path.write_text(json.dumps(order), encoding="utf-8")
+        return path
+
+    def _files(self, series_uid: str, inputs: Sequence[str]) -> list[str]:
+        """What has come of a series since the job was made is not part of it."""
+        wanted = frozenset(inputs)
+        return [str(self._spool.absolute(row["path"])) for row in self._ledger.instances(series_uid)
+                if row["sop_instance_uid"] in wanted]
+
+    def _taken_numbers(self, job: dict[str, Any]) -> list[int]:
+        """Series numbers of the study's other series, our own derived one coming back excepted."""
+        return sorted({int(row["series_number"]) for row in self._ledger.series_of_study(job["study_uid"])
+                       if row["series_number"].strip().isdecimal() and row["code"] != "own-output"})
+
+    # --- the child
+
+    def _child(self, job: dict[str, Any], order: Path, stop: threading.Event) -> dict[str, Any]:
+        """Start the child and listen until it has ended; its last word, or what its end amounts to."""
+        environment = {**os.environ, PARENT_VARIABLE: str(os.getpid())}
+        if self._config.work.threads:
+            environment |= dict.fromkeys(THREAD_VARIABLES, str(self._config.work.threads))
+        with (order.parent / "log.txt").open("wb") as messages, subprocess.Popen(
+            [*self._command, str(order)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=messages,
+            env=environment, start_new_session=True,
+        ) as child:
+            log.info("job started", action="job_started", job=job["id"], attempt=job["attempts"], process=child.pid)
+            try:
+                verdict = self._listen(job, child, stop)
+                if verdict and verdict["kind"] in LAST_WORDS:
+                    _let_leave(child)
+            finally:
+                code = end(child, grace_s=GRACE_S) if child.poll() is None else child.wait()
+        text = (order.parent / "log.txt").read_text(encoding="utf-8", errors="replace").strip()
+        if text:
+            log.info("messages of the child", action="job_messages", job=job["id"], text=text[-4000:])
+        return verdict or {"kind": "failed", "reason": _death(code, text)}
+
+    def _listen(self, job: dict[str, Any], child: subprocess.Popen, stop: threading.Event) -> dict[str, Any] | None:
+        """Read the child's lines, renew the lease, watch for a hang. None where it ended without a last word."""
+        work = self._config.work
+        heard_at = renewed_at = time.monotonic()
+        progress: dict[str, Any] | None = None
+        lines = _Lines(child)
+        while True:
+            for message in lines.read(POLL_S):
+                if message["kind"] != "progress":
+                    return message
+                heard_at, progress = time.monotonic(), {key: message[key] for key in ("stage", "step", "steps", "loss")}
+            if lines.ended:
+                child.wait(GRACE_S)
+                return None
+            if stop.is_set():
+                return {"kind": "stopped"}
+            now = time.monotonic()
+            if now - heard_at > work.hang_s:
+                return {"kind": "failed", "reason": f"hung: no progress for {work.hang_s:g} s"}
+            if now - renewed_at > 1.0:
+                renewed_at = now
+                if not self._ledger.renew(job["id"], self._owner, now=self._clock(), lease_s=work.lease_s,
+                                          progress=progress):
+                    return {"kind": "taken"}
+                progress = None
+
+    # --- what comes of it
+
+    def _conclude(self, job: dict[str, Any], folder: Path, outcome: Mapping[str, Any]) -> None:
+        kind = outcome["kind"]
+        if kind == "built":
+            self._keep(job, folder / "derived.tmp", outcome["report"])
+        elif kind == "refused":
+            self._hold(job["id"], outcome["code"], f"{outcome['reason']}. Remedy: {outcome['remedy']}",
+                       report=outcome.get("report"))
+        elif kind == "failed":
+            self._failed(job, outcome["reason"])
+        elif kind == "stopped":
+            self._ledger.set_job(job["id"], "queued", now=self._clock(), code="stopped", progress=None,
+                                 reason="the worker was stopped", attempts=max(0, job["attempts"] - 1))
+        log.info("job ended", action="job_ended", job=job["id"], outcome=kind, reason=outcome.get("reason", ""))
+
+    def _keep(self, job: dict[str, Any], written: Path, report: dict[str, Any]) -> None:
+        """Make the checked series durable under derived/JOB, then enter it: repeating this after a crash is safe."""
+        report = {**report, "identity": job["identity"]}
+        (written / REPORT_FILE).write_text(json.dumps(report, indent=1), encoding="utf-8")
+        for path in written.iterdir():
+            _fsync_file(path)
+        fsync_dir(written)
+        target = self._spool.data_dir / "derived" / str(job["id"])
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(written, target)
+        fsync_dir(target.parent)
+        self._enter(job, target, report)
+
+    def _adopt(self, job: dict[str, Any]) -> bool:
+        """Whether derived/JOB was finished by an earlier attempt that died before it could enter it."""
+        target = self._spool.data_dir / "derived" / str(job["id"])
+        try:
+            report = json.loads((target / REPORT_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        whole = report["identity"] == job["identity"] and len(list(target.glob("*.dcm"))) == report["derived_instances"]
+        if whole:
+            self._enter(job, target, report)
+        return whole
+
+    def _enter(self, job: dict[str, Any], target: Path, report: dict[str, Any]) -> None:
+        if not self._ledger.built(job["id"], self._owner, now=self._clock(), report=report,
+                                  derived_series_uid=report["derived_series_uid"],
+                                  derived_path=self._spool.relative(target),
+                                  derived_instances=report["derived_instances"]):
+            log.info("job was taken away after it was built", action="job_taken", job=job["id"])
+
+    def _hold(self, job_id: int, code: str, reason: str, **columns: Any) -> None:
+        self._ledger.set_job(job_id, "held", now=self._clock(), code=code, reason=reason, **columns)
+        log.warning("job held", action="job_held", job=job_id, code=code, reason=reason)
+
+    def _failed(self, job: dict[str, Any], reason: str) -> None:
+        """Another attempt later, or held once all are used up."""
+        attempts, work = job["attempts"], self._config.work
+        if attempts >= work.attempts:
+            self._hold(job["id"], "attempts", f"{reason} (attempt {attempts} of {work.attempts}). Remedy: look at the "
+                       f"log, then `dicomnode retry job:{job['id']}`")
+            return
+        wait = work.retry_s * 2.0 ** (attempts - 1)
+        self._ledger.set_job(job["id"], "failed", now=self._clock(), code="attempt", run_after=self._clock() + wait,
+                             reason=f"{reason} (attempt {attempts} of {work.attempts}; again in {wait:g} s)")
+        log.warning("attempt failed", action="job_failed", job=job["id"], attempt=attempts, reason=reason)
+
+
+class _Lines:
+    """JSON lines of the child's standard output, as they come."""
+
+    def __init__(self, child: subprocess.Popen) -> None:
+        assert child.stdout is not None
+        self._pipe = child.stdout.fileno()
+        self._rest = b""
+        self.ended = False
+
+    def read(self, wait_s: float) -> list[dict[str, Any]]:
+        """The messages that are there after at most `wait_s`; `ended` is set once the child closed its end."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._pipe, selectors.EVENT_READ)
+            if not selector.select(wait_s):
+                return []
+        chunk = os.read(self._pipe, 65536)
+        self.ended = not chunk
+        *whole, self._rest = (self._rest + chunk).split(b"\n")
+        return [json.loads(line) for line in whole if line]
+
+
+def _death(code: int, text: str) -> str:
+    """How the child ended, in words, with its last line."""
+    last = text.splitlines()[-1][:300] if text else "it said nothing"
+    if code < 0:
+        name = signal.Signals(-code).name if -code in {*signal.Signals} else str(-code)
+        hint = ", perhaps for lack of memory" if -code == signal.SIGKILL else ""
+        return f"the pipeline was killed by {name}{hint}: {last}"
+    return f"the pipeline ended with status {code}: {last}"
+
+
+def _let_leave(child: subprocess.Popen) -> None:
+    try:
+        child.wait(GRACE_S)
+    except subprocess.TimeoutExpired:
+        log.warning("the pipeline does not end after its last word", action="job_lingers", process=child.pid)
+
+
+def _fsync_file(path: Path) -> None:
+    with path.open("rb") as handle:
+        os.fsync(handle.fileno())

@@ -1,0 +1,261 @@
+"""From received series to jobs: the glue between ledger, spool and the pure rules of matching.py and routing.py.
+
+`Matcher.tick` looks at every series that is due, decides, and writes the decision in one transaction, unless the series
+changed while it was looked at: then the next tick looks again. What was held for a count, a conflict or late input and
+then released by a person is processed as it is; eligibility and geometry stay as they are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from pydicom import dcmread
+from pydicom.dataset import Dataset
+from pydicom.errors import InvalidDicomError
+
+from dicomnode import __version__
+from dicomnode.config import Config, Route
+from dicomnode.ledger import Ledger, NewJob
+from dicomnode.logs import get_logger
+from dicomnode.matching import Arrival, choose_guide, completeness, eligible, geometry_of, guide_wait, normal_of
+from dicomnode.routing import first_route
+from dicomnode.spool import Spool
+from sop.pet import is_own_output
+
+__all__ = ["Matcher", "job_identity"]
+
+SENT = frozenset({"sending", "delivered", "committed"})
+OVER = frozenset({"cancelled", "superseded"})
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class _Decision:
+    """What becomes of a series: its state, or `complete` with the job to make."""
+
+    state: str
+    code: str
+    reason: str
+    until: float | None = None
+    is_guide: bool | None = None
+    job: NewJob | None = None
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A series at the moment it was looked at."""
+
+    row: dict[str, Any]
+    instances: tuple[dict[str, Any], ...]
+    header: Dataset
+
+    @property
+    def uid(self) -> str:
+        return str(self.row["series_uid"])
+
+    @property
+    def sop_instance_uids(self) -> tuple[str, ...]:
+        return tuple(sorted(row["sop_instance_uid"] for row in self.instances))
+
+    @property
+    def arrivals(self) -> tuple[Arrival, ...]:
+        return tuple(Arrival(row["sop_instance_uid"], row["received_at"], row["position"], row["orientation"],
+                             row["frames"]) for row in self.instances)
+
+
+def job_identity(*, inputs: Sequence[str], guide_inputs: Sequence[str], method: str, settings: Any,
+                 software_version: str) -> str:
+    """Digest of all that decides a derived series: the same work is queued once, whatever comes again.
+
+    inputs, guide_inputs  SOP Instance UIDs, in any order.  settings  the method's full, frozen settings.
+    """
+    recipe = {"inputs": sorted(inputs), "guide": sorted(guide_inputs), "method": method, "settings": asdict(settings),
+              "software_version": software_version}
+    return hashlib.sha256(json.dumps(recipe, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+class Matcher:
+    """Decides over due series. `poll_s`: how often a PET that waits for its CT is looked at again."""
+
+    def __init__(self, config: Config, ledger: Ledger, spool: Spool, *, clock: Callable[[], float] = time.time,
+                 poll_s: float = 5.0) -> None:
+        self._config, self._ledger, self._spool, self._clock = config, ledger, spool, clock
+        self._poll_s = poll_s
+
+    def tick(self) -> int:
+        """Look at every series that is due; how many were."""
+        due = self._ledger.due_series(now=self._clock(), quiet_s=self._config.completeness.quiet_s)
+        # Guides first: a PET and its CT that become quiet together meet in one tick.
+        for row in sorted(due, key=lambda row: row["modality"] != "CT"):
+            self._look(row)
+        return len(due)
+
+    def _look(self, row: dict[str, Any]) -> None:
+        try:
+            seen = self._see(row)
+            decision = self._decide(seen)
+        except (OSError, InvalidDicomError) as error:
+            decision = _Decision("held", "unreadable", f"a stored instance cannot be read: {error}. Remedy: look at "
+                                 "the data directory; `dicomnode retry` looks again")
+        except sqlite3.Error:
+            raise
+        except Exception as error:
+            # A series that trips a bug must neither stop the others nor be looked at for ever: a person is told.
+            log.exception("series cannot be judged", action="match_error", series=row["series_uid"])
+            decision = _Decision("held", "internal", f"{type(error).__name__}: {error}. Remedy: report it with the "
+                                 "log; `dicomnode retry` looks again")
+        self._commit(row, decision)
+
+    def _see(self, row: dict[str, Any]) -> _Seen:
+        """The series with one header; of the middle instance, so that a scout sent ahead does not speak for all."""
+        instances = tuple(self._ledger.instances(row["series_uid"]))
+        chosen = sorted(instances, key=lambda one: one["sop_instance_uid"])[len(instances) // 2]
+        header = dcmread(self._spool.absolute(chosen["path"]), stop_before_pixels=True)
+        return _Seen(row, instances, header)
+
+    # --- decide
+
+    def _decide(self, seen: _Seen) -> _Decision:
+        own = (is_own_output(seen.header, self._config.node.uid_root)
+               or self._ledger.job_of_derived(seen.uid) is not None)
+        verdict = eligible(seen.header, own_output=own)
+        if verdict.kind == "ignored":
+            return _Decision("ignored", verdict.code, verdict.reason)
+        if verdict.kind == "refused":
+            return _Decision("held", verdict.code, f"{verdict.reason}. Remedy: {verdict.remedy}")
+        conflicts = self._ledger.conflicts(seen.uid)
+        if conflicts and not seen.row["released"]:
+            return _Decision("held", "conflict", _conflict_text(conflicts))
+        if verdict.kind == "guide":
+            return _Decision("ignored", "guide", "kept as guide for PET series of its study", is_guide=True)
+        return self._decide_pet(seen)
+
+    def _decide_pet(self, seen: _Seen) -> _Decision:
+        limits = self._config.completeness
+        whole = completeness(seen.arrivals, seen.header, now=self._clock(), quiet_s=limits.quiet_s,
+                             give_up_h=limits.give_up_h)
+        if whole.state == "waiting" and (whole.code == "quiet" or not seen.row["released"]):
+            return _Decision("waiting", whole.code, whole.reason, until=whole.until)
+        if whole.state == "held" and not seen.row["released"]:
+            return _Decision("held", whole.code, f"{whole.reason}. Remedy: send what is missing, or "
+                             f"`dicomnode release {seen.uid}` to process it as it is")
+        route = first_route(self._config.route, seen.header, calling_ae=seen.row["calling_ae"])
+        if route is None:
+            return _Decision("ignored", "no-route", "no route matches")
+        return self._decide_guide(seen, route, whole.reason)
+
+    def _decide_guide(self, seen: _Seen, route: Route, whole: str) -> _Decision:
+        if route.guide == "never":
+            return self._decide_job(seen, route, None, f"{whole}; route {route.name} uses no guide")
+        now, limits = self._clock(), self._config.completeness
+        completed_at = seen.row["last_at"] + limits.quiet_s
+        wait_s = limits.ct_wait_s if route.ct_wait_s is None else route.ct_wait_s
+        study = self._ledger.series_of_study(seen.row["study_uid"])
+        if any(self._may_become_guide(row, now) for row in study) and now < completed_at + wait_s:
+            return _Decision("waiting", "ct", "waiting for a CT of the study that is still arriving",
+                             until=min(now + self._poll_s, completed_at + wait_s))
+        guides = {guide.uid: guide for guide in self._guides(seen)}
+        pet = geometry_of(seen.arrivals, seen.header)
+        axis = normal_of(seen.instances[0]["orientation"])
+        choice = choose_guide(pet, [geometry_of(ct.arrivals, ct.header, normal=axis) for ct in guides.values()])
+        decision = guide_wait(choice, completed_at=completed_at, now=now, ct_wait_s=wait_s,
+                              allow_unguided=route.guide == "prefer" or bool(seen.row["released"]))
+        considered = "".join(f"; CT {uid} {why}" for uid, why in choice.considered)
+        if decision.state == "waiting" and decision.until is not None:
+            return _Decision("waiting", "ct", decision.reason + considered,
+                             until=min(now + self._poll_s, decision.until))
+        if decision.state == "held":
+            return _Decision("held", decision.code, decision.reason + considered)
+        guide = guides[choice.series_uid] if choice.series_uid else None
+        return self._decide_job(seen, route, guide, f"{whole}; {decision.reason}{considered}")
+
+    def _may_become_guide(self, row: dict[str, Any], now: float) -> bool:
+        """A CT that is not judged yet, or a guide to which instances still come."""
+        if row["modality"] != "CT":
+            return False
+        return row["state"] in ("receiving", "waiting") or (
+            bool(row["is_guide"]) and now < row["last_at"] + self._config.completeness.quiet_s)
+
+    def _guides(self, seen: _Seen) -> list[_Seen]:
+        return [self._see(row) for row in self._ledger.series_of_study(seen.row["study_uid"])
+                if row["is_guide"] and row["state"] == "ignored"]
+
+    def _decide_job(self, seen: _Seen, route: Route, guide: _Seen | None, why: str) -> _Decision:
+        import deconv  # only here: the methods may load torch
+
+        method = deconv.method(route.method)
+        try:
+            settings = method.settings(route.preset, **route.settings)
+        except (ValueError, TypeError) as error:
+            return _Decision("held", "settings", f"route {route.name}: {error}. Remedy: mend the route, then "
+                             f"`dicomnode retry {seen.uid}`")
+        guide_inputs = guide.sop_instance_uids if guide else ()
+        identity = job_identity(inputs=seen.sop_instance_uids, guide_inputs=guide_inputs, method=route.method,
+                                settings=settings, software_version=__version__)
+        job = NewJob(
+            identity=identity, series_uid=seen.uid, study_uid=seen.row["study_uid"],
+            guide_series_uid=guide.uid if guide else None, route=route.name, method=route.method, preset=route.preset,
+            settings=route.settings, send_to=route.send_to, inputs=(*seen.sop_instance_uids, *guide_inputs),
+            priority=route.priority,
+        )
+        return _Decision("complete", "complete", why, job=job)
+
+    # --- act
+
+    def _commit(self, seen: dict[str, Any], decision: _Decision) -> None:
+        """Write the decision, if the series is still as it was seen."""
+        uid = seen["series_uid"]
+        with self._ledger.transaction():
+            row = self._ledger.series(uid)
+            if any(row[key] != seen[key] for key in ("state", "code", "instances", "last_at", "released")):
+                return
+            if decision.job is not None:
+                decision = self._late(row, decision)
+            self._ledger.set_series(uid, decision.state, now=self._clock(), code=decision.code, reason=decision.reason,
+                                    until=decision.until, is_guide=decision.is_guide)
+            if decision.job is not None:
+                self._make(decision.job)
+        if (decision.state, decision.code) != (row["state"], row["code"]):
+            log.info("series judged", action="series_judged", series=uid, state=decision.state, code=decision.code,
+                     reason=decision.reason)
+
+    def _late(self, row: dict[str, Any], decision: _Decision) -> _Decision:
+        """Other inputs than those of a series that is out already are for a person to decide."""
+        assert decision.job is not None
+        out = [job for job in self._ledger.jobs_of_series(row["series_uid"])
+               if job["identity"] != decision.job.identity and job["state"] not in OVER and self._has_sent(job)]
+        if not out or row["released"]:
+            return decision
+        reason = (f"input changed after job {out[-1]['id']} was sent: {len(out[-1]['inputs'])} instances then, "
+                  f"{len(decision.job.inputs)} now. Remedy: `dicomnode release {row['series_uid']}` makes a new "
+                  "derived series that supersedes the one sent")
+        return replace(decision, state="held", code="late-input", reason=reason, job=None)
+
+    def _has_sent(self, job: dict[str, Any]) -> bool:
+        return job["state"] in SENT or any(
+            self._ledger.statuses(delivery["id"]) for delivery in self._ledger.deliveries(job["id"]))
+
+    def _make(self, new: NewJob) -> None:
+        """Queue the job; unfinished or released earlier ones of the series are superseded by it."""
+        now = self._clock()
+        job_id = self._ledger.add_job(new, now=now)
+        for job in self._ledger.jobs_of_series(new.series_uid):
+            if job["id"] != job_id and job["state"] not in OVER:
+                self._ledger.set_job(job["id"], "superseded", now=now, code="late-input",
+                                     reason=f"superseded by job {job_id}: other input")
+        # What a person released is done with: what comes after this job is late input again.
+        self._ledger.set_series(new.series_uid, "matched", now=now, released=False)
+
+
+def _conflict_text(conflicts: Sequence[dict[str, Any]]) -> str:
+    uids = sorted({row["sop_instance_uid"] for row in conflicts})
+    more = f" and {len(uids) - 1} more" if len(uids) > 1 else ""
+    return (f"other bytes came under known SOP Instance UID {uids[0]}{more}; the first ones are in use. Remedy: find "
+            f"out which are right; `dicomnode release {conflicts[0]['series_uid']}` goes on with the first")

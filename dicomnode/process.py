@@ -1,0 +1,85 @@
+"""Processes: end with the parent, end on SIGTERM, tell the service manager. Linux; needs the standard library only.
+
+    tie_to_parent   the kernel kills us when the parent dies, however it dies (prctl(2), PR_SET_PDEATHSIG)
+    stop_on_signals SIGTERM and SIGINT set an event
+    notify          one line to systemd's socket (sd_notify(3)): READY=1, WATCHDOG=1, STOPPING=1
+    end             SIGTERM to a process group, then SIGKILL
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import threading
+from types import FrameType
+
+__all__ = ["PARENT_VARIABLE", "end", "notify", "stop_on_signals", "tie_to_parent", "watchdog_interval_s"]
+
+PARENT_VARIABLE = "DICOMNODE_PARENT"  # process id of the supervisor, handed to its children
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+
+
+def tie_to_parent() -> None:
+    """Die (SIGKILL) when the parent named in the environment dies; nothing where none is named.
+
+    A parent that died before this call is noticed too: then we leave at once, with status 1.
+    """
+    parent = os.environ.get(PARENT_VARIABLE, "")
+    if not parent:
+        return
+    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+    if os.getppid() != int(parent):
+        os._exit(1)
+
+
+def stop_on_signals() -> threading.Event:
+    """An event that SIGTERM or SIGINT sets. To be called in the main thread."""
+    stop = threading.Event()
+
+    def set_stop(_number: int, _frame: FrameType | None) -> None:
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, set_stop)
+    return stop
+
+
+def notify(state: str) -> bool:
+    """Send `state` to the service manager; False where there is none (NOTIFY_SOCKET unset or gone)."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address:
+        return False
+    if address.startswith("@"):
+        address = "\0" + address[1:]  # abstract socket
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+            sender.sendto(state.encode(), address)
+    except OSError:
+        return False
+    return True
+
+
+def watchdog_interval_s() -> float | None:
+    """Seconds between WATCHDOG=1 notices, half of what systemd allows (sd_watchdog_enabled(3)); None without one."""
+    microseconds, process_id = os.environ.get("WATCHDOG_USEC", ""), os.environ.get("WATCHDOG_PID", "")
+    if not microseconds.isdecimal() or (process_id and process_id != str(os.getpid())):
+        return None
+    return int(microseconds) / 2e6
+
+
+def end(child: subprocess.Popen, *, grace_s: float) -> int:
+    """End the process group of `child` (started with start_new_session) and reap it; its return code."""
+    for number, wait_s in ((signal.SIGTERM, grace_s), (signal.SIGKILL, None)):
+        try:
+            os.killpg(child.pid, number)
+        except ProcessLookupError:
+            pass  # all of it has ended already
+        try:
+            return child.wait(wait_s)
+        except subprocess.TimeoutExpired:
+            continue
+    return child.wait()

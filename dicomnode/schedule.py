@@ -1,0 +1,47 @@
+"""What the working process does by the clock: match, deliver, tidy. Its ticks never overlap."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from datetime import UTC, datetime
+
+from apscheduler.executors.pool import ThreadPoolExecutor
+from apscheduler.schedulers.background import BackgroundScheduler
+
+from dicomnode.ledger import Ledger
+from dicomnode.logs import get_logger
+from dicomnode.spool import Spool
+
+__all__ = ["build", "sweep_work"]
+
+MATCH_S = 1.0
+DELIVER_S = 1.0
+TIDY_S = 3600.0
+
+log = get_logger(__name__)
+
+
+def build(*, match: Callable[[], object], deliver: Callable[[], object], tidy: Callable[[], object],
+          match_s: float = MATCH_S, deliver_s: float = DELIVER_S, tidy_s: float = TIDY_S) -> BackgroundScheduler:
+    """A scheduler, not started yet. A tick that is late runs once, not once for every tick missed (clock jumps)."""
+    scheduler = BackgroundScheduler(
+        timezone=UTC, executors={"default": ThreadPoolExecutor(3)},
+        job_defaults={"coalesce": True, "max_instances": 1, "misfire_grace_time": None},
+    )
+    for name, call, seconds in (("matcher", match, match_s), ("deliveries", deliver, deliver_s),
+                                ("housekeeping", tidy, tidy_s)):
+        scheduler.add_job(call, "interval", seconds=seconds, id=name, next_run_time=datetime.now(UTC))
+    return scheduler
+
+
+def sweep_work(ledger: Ledger, spool: Spool) -> int:
+    """Remove the work folders that no running job owns; how many. Nothing else is removed by this release."""
+    folders = list((spool.data_dir / "work").iterdir())
+    running = {str(job["id"]) for job in ledger.running_jobs()}  # asked after the listing: a new job's folder is safe
+    orphans = [folder for folder in folders if folder.is_dir() and folder.name not in running]
+    for folder in orphans:
+        shutil.rmtree(folder, ignore_errors=True)
+    if orphans:
+        log.info("orphaned work folders removed", action="sweep_work", folders=len(orphans))
+    return len(orphans)

@@ -1,0 +1,196 @@
+"""Storage SCU and Verification SCU: send a series to a peer over one association, ask whether it answers.
+
+Presentation contexts are proposed from what is sent (PS3.7 Annex D.3.2, PS3.4 Annex B.5): per SOP class one context for
+each compressed or deflated transfer syntax that occurs, and one plain context, so that a peer that takes only
+uncompressed objects gets them decompressed.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydicom import dcmread
+from pydicom.dataset import Dataset
+from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+from pynetdicom import AE, build_context, evt
+from pynetdicom.association import Association
+from pynetdicom.presentation import PresentationContext
+from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]
+
+from dicomnode.config import Peer
+from dicomnode.errors import PeerUnreachable
+
+__all__ = ["Answer", "echo", "is_success", "is_warning", "send", "set_nodelay"]
+
+# PS3.7 C.5.6 and C.4.2: what we write into the record where the peer left us no way to ask.
+SOP_CLASS_NOT_SUPPORTED = 0x0122
+CANNOT_ENCODE = 0xC000
+MAX_CONTEXTS = 128  # PS3.8 9.3.2.2: odd identifiers 1 to 255
+PLAIN = (ExplicitVRLittleEndian, ImplicitVRLittleEndian)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the peer said to one instance: C-STORE status (PS3.4 B.2.3) and its error comment, if any."""
+
+    sop_instance_uid: str
+    status: int
+    comment: str = ""
+
+    @property
+    def stored(self) -> bool:
+        """Whether the peer keeps the instance: success, or a warning."""
+        return is_success(self.status) or is_warning(self.status)
+
+
+@dataclass(frozen=True)
+class _Item:
+    path: Path
+    sop_class_uid: str
+    sop_instance_uid: str
+    transfer_syntax: UID
+
+
+def is_success(status: int) -> bool:
+    """0x0000 (PS3.7 C.1)."""
+    return status == 0x0000
+
+
+def is_warning(status: int) -> bool:
+    """0xBxxx, 0x0001, 0x0107, 0x0116: stored, with a remark (PS3.4 B.2.3, PS3.7 C.3)."""
+    return status >> 12 == 0xB or status in (0x0001, 0x0107, 0x0116)
+
+
+def set_nodelay(event: evt.Event) -> None:
+    """Turn Nagle's algorithm off on a connection just opened: 40 ms for every C-STORE otherwise."""
+    transport = event.assoc.dul.socket
+    if transport is not None and transport.socket is not None:
+        transport.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def echo(peer: Peer, *, calling_ae: str, connect_timeout_s: float, dimse_timeout_s: float) -> None:
+    """C-ECHO. Raises PeerUnreachable with the reason and the remedy."""
+    association = _associate(peer, [build_context(Verification)], calling_ae, connect_timeout_s, dimse_timeout_s)
+    try:
+        if not association.accepted_contexts:
+            raise PeerUnreachable(f"{_named(peer)} does not accept C-ECHO. Remedy: enable Verification SCP there.")
+        status = association.send_c_echo()
+        if "Status" not in status:
+            raise PeerUnreachable(f"{_named(peer)} did not answer C-ECHO within {dimse_timeout_s:g} s")
+        if status.Status != 0x0000:
+            raise PeerUnreachable(f"{_named(peer)} answered C-ECHO with status 0x{status.Status:04X}")
+    finally:
+        _leave(association)
+
+
+def send(peer: Peer, files: Sequence[Path], *, calling_ae: str, connect_timeout_s: float, dimse_timeout_s: float,
+         on_answer: Callable[[Answer], None], stopped: Callable[[], bool] = lambda: False) -> list[Answer]:
+    """Send DICOM files over one association; the last answer to each, in the order of `files`.
+
+    Every answer is reported through `on_answer` as it comes. An instance that the peer does not store is sent once
+    more by itself after the others. `stopped` is asked between instances: once true, the rest is left unsent.
+
+    Raises PeerUnreachable where no association comes about or it breaks half-way (answers so far were reported).
+    """
+    items = [_item(path) for path in files]
+    if not items:
+        return []
+    association = _associate(peer, _contexts(items), calling_ae, connect_timeout_s, dimse_timeout_s)
+    answers: dict[Path, Answer] = {}
+    try:
+        for item in items:
+            if stopped():
+                break
+            answers[item.path] = _store(association, item, peer)
+            on_answer(answers[item.path])
+        for item in items:
+            answer = answers.get(item.path)
+            if answer is None or answer.stored or answer.status == SOP_CLASS_NOT_SUPPORTED or stopped():
+                continue
+            answers[item.path] = _store(association, item, peer)
+            on_answer(answers[item.path])
+    finally:
+        _leave(association)
+    return list(answers.values())
+
+
+def _named(peer: Peer) -> str:
+    return f"peer {peer.name} ({peer.ae_title} at {peer.host}:{peer.port})"
+
+
+def _item(path: Path) -> _Item:
+    header = dcmread(path, stop_before_pixels=True, specific_tags=["SOPClassUID", "SOPInstanceUID"])
+    return _Item(path, str(header.SOPClassUID), str(header.SOPInstanceUID), UID(header.file_meta.TransferSyntaxUID))
+
+
+def _contexts(items: Sequence[_Item]) -> list[PresentationContext]:
+    """Per SOP class: one plain context (the stored syntax first), one for each other syntax that occurs."""
+    contexts = []
+    for sop_class in sorted({item.sop_class_uid for item in items}):
+        stored = sorted({item.transfer_syntax for item in items if item.sop_class_uid == sop_class})
+        contexts += [build_context(sop_class, [syntax]) for syntax in stored if syntax not in PLAIN]
+        contexts.append(build_context(sop_class, sorted(PLAIN, key=lambda syntax: syntax not in stored)))
+    if len(contexts) > MAX_CONTEXTS:
+        raise PeerUnreachable(f"{len(contexts)} presentation contexts are needed, an association has {MAX_CONTEXTS}")
+    return contexts
+
+
+def _associate(peer: Peer, contexts: list[PresentationContext], calling_ae: str, connect_timeout_s: float,
+               dimse_timeout_s: float) -> Association:
+    if peer.port is None:
+        raise PeerUnreachable(f"peer {peer.name} has no port. Remedy: set peer.port in the configuration.")
+    ae = AE(ae_title=calling_ae)
+    ae.connection_timeout = connect_timeout_s
+    ae.acse_timeout = max(connect_timeout_s, 1)
+    ae.dimse_timeout = dimse_timeout_s
+    ae.network_timeout = dimse_timeout_s
+    association = ae.associate(peer.host, peer.port, contexts=contexts, ae_title=peer.ae_title,
+                               evt_handlers=[(evt.EVT_CONN_OPEN, set_nodelay)])
+    if association.is_established:
+        return association
+    if association.is_rejected and association.acceptor.primitive is not None:
+        answer = association.acceptor.primitive
+        raise PeerUnreachable(f"{_named(peer)} rejects the association: {answer.reason_str} ({answer.result_str}). "
+                              f"Remedy: make our AE title {calling_ae} and address known there.")
+    if association.acceptor.primitive is not None:
+        raise PeerUnreachable(f"{_named(peer)} aborted the association while it was being set up")
+    raise PeerUnreachable(f"{_named(peer)} does not answer. Remedy: check host, port and firewall; is it running?")
+
+
+def _leave(association: Association) -> None:
+    if association.is_established:
+        association.release()
+
+
+def _store(association: Association, item: _Item, peer: Peer) -> Answer:
+    """One C-STORE. Raises PeerUnreachable where the association is gone."""
+    syntaxes = {context.transfer_syntax[0] for context in association.accepted_contexts
+                if context.abstract_syntax == item.sop_class_uid}
+    if not syntaxes:
+        return Answer(item.sop_instance_uid, SOP_CLASS_NOT_SUPPORTED, "no presentation context accepted")
+    try:
+        dataset = _readable_by_peer(dcmread(item.path), item, syntaxes)
+    except (ValueError, RuntimeError, AttributeError, NotImplementedError) as error:
+        return Answer(item.sop_instance_uid, CANNOT_ENCODE, f"cannot be decompressed here: {error}"[:200])
+    try:
+        response = association.send_c_store(dataset)
+    except (RuntimeError, OSError) as error:
+        raise PeerUnreachable(f"{_named(peer)} closed the association: {error}") from error
+    except (ValueError, AttributeError) as error:
+        return Answer(item.sop_instance_uid, CANNOT_ENCODE, str(error)[:200])
+    if "Status" not in response:
+        raise PeerUnreachable(f"{_named(peer)} dropped the association, or was silent for too long, in the middle")
+    return Answer(item.sop_instance_uid, int(response.Status), str(response.get("ErrorComment", "")))
+
+
+def _readable_by_peer(dataset: Dataset, item: _Item, syntaxes: set[UID]) -> Dataset:
+    """The data set as it is, or decompressed where the peer does not take its transfer syntax."""
+    if item.transfer_syntax not in PLAIN and item.transfer_syntax not in syntaxes:
+        if item.transfer_syntax == DeflatedExplicitVRLittleEndian:  # only the stream is compressed, not the pixels
+            dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        else:
+            dataset.decompress(generate_instance_uid=False)
+    return dataset
