@@ -19,6 +19,7 @@ __all__ = [
     "NotFound",
     "PeerUnreachable",
     "RefusedInput",
+    "TooLarge",
     "TransitionRefused",
 ]
 
@@ -50,6 +51,13 @@ class DiskFull(NodeError):
     """No room to keep the object; the sender may try again later."""
 
     status = 0xA700  # PS3.4 B.2.3: refused, out of resources
+
+
+class TooLarge(NodeError):
+    """The object is larger than the site allows (reception.max_object_mb)."""
+
+    status = 0xA701  # PS3.4 B.2.3: refused, out of resources
+    exit_code = Exit.REFUSED
 
 
 class DataSetMismatch(NodeError):

@@ -13,12 +13,14 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import tempfile
 from pathlib import Path
 
 from dicomnode.errors import CannotUnderstand, DiskFull
 
 __all__ = ["Spool", "fsync_dir", "valid_uid"]
 
+_FOLDERS_REMEMBERED = 10_000
 _UID = re.compile(r"(0|[1-9]\d*)(\.(0|[1-9]\d*))*")
 
 
@@ -50,6 +52,7 @@ class Spool:
         self.data_dir.mkdir(parents=True, exist_ok=True)
         for name in self.FOLDERS:
             (self.data_dir / name).mkdir(mode=0o700, exist_ok=True)
+        fsync_dir(self.data_dir)
         self._known_folders: set[Path] = set()
 
     @property
@@ -67,7 +70,7 @@ class Spool:
         """Raises DiskFull where fewer than `needed` bytes are free."""
         free = self.free_bytes()
         if free < needed:
-            raise DiskFull(f"{free // 2**20} MiB free in the data directory, the watermark asks for {needed // 2**20} MiB. "
+            raise DiskFull(f"{free // 2**20} MiB free in the data directory, the watermark is {needed // 2**20} MiB. "
                            "Remedy: free space or lower reception.low_disk_mb; the sender may try again.")
 
     def object_path(self, study_uid: str, series_uid: str, sop_instance_uid: str) -> Path:
@@ -87,20 +90,41 @@ class Spool:
     def absolute(self, relative: str) -> Path:
         return self.data_dir / relative
 
+    def create_incoming(self) -> tuple[int, Path]:
+        """A new empty file in incoming/, open for writing: its descriptor and path."""
+        handle, name = tempfile.mkstemp(dir=self.incoming, suffix=".part")
+        return handle, Path(name)
+
     def publish(self, written: Path, target: Path) -> None:
         """Move a closed, fsynced file to its place and make the move durable."""
-        self._make_folder(target.parent)
-        os.replace(written, target)
+        self.place(written, target)
         fsync_dir(target.parent)
 
+    def place(self, written: Path, target: Path) -> None:
+        """Move a closed, fsynced file to its place; durable once the caller has called fsync_dir(target.parent).
+
+        For many files at once: a folder then needs one fsync for all of them.
+        """
+        self._make_folder(target.parent)
+        try:
+            os.replace(written, target)
+        except FileNotFoundError:  # housekeeping removed the emptied folder since it was last used
+            self._known_folders.discard(target.parent)
+            self._make_folder(target.parent)
+            os.replace(written, target)
+
     def _make_folder(self, folder: Path) -> None:
-        """Create `folder` durably: every parent that gained an entry is fsynced."""
+        """Create `folder` durably: each folder from the data directory down to it is fsynced once per process.
+
+        Also those found existing: a process that was killed may have made them and not come to the fsync.
+        """
         if folder in self._known_folders:
             return
-        missing = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for path in missing:
-            fsync_dir(path.parent)
+        for path in folder.relative_to(self.data_dir).parents:
+            fsync_dir(self.data_dir / path)
+        if len(self._known_folders) >= _FOLDERS_REMEMBERED:
+            self._known_folders.clear()
         self._known_folders.add(folder)
 
     def sweep_incoming(self) -> int:

@@ -1,0 +1,139 @@
+"""What reception must know of a data set: its identity, and the few attributes that matching asks for.
+
+Only what stands before the pixels is read, from the encoded bytes. Identity must be right; anything else may be
+garbage without the object being refused.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import zlib
+from dataclasses import dataclass
+
+from pydicom.charset import convert_encodings, decode_bytes
+from pydicom.dataset import Dataset
+from pydicom.filereader import read_dataset
+from pydicom.tag import BaseTag, Tag
+from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, ImplicitVRLittleEndian
+
+from dicomnode.errors import CannotUnderstand
+
+__all__ = ["Incomplete", "ObjectIndex", "read_index"]
+
+_INFLATED_LIMIT = 16 * 2**20  # bytes; a deflated data set that hides more before its pixels is not read further
+_LAST = 0x00280008
+_TAGS = {keyword: Tag(keyword) for keyword in (
+    "SpecificCharacterSet", "SOPClassUID", "SOPInstanceUID", "AccessionNumber", "Modality", "SeriesDescription",
+    "StudyInstanceUID", "SeriesInstanceUID", "SeriesNumber", "ImagePositionPatient", "ImageOrientationPatient",
+    "NumberOfFrames")}
+
+
+class Incomplete(Exception):
+    """The bytes given end before the attributes that are looked for."""
+
+
+@dataclass(frozen=True)
+class ObjectIndex:
+    """Identity and the attributes matching asks for; optional ones are None or "" where absent or unreadable."""
+
+    sop_class_uid: str
+    sop_instance_uid: str
+    study_uid: str
+    series_uid: str
+    modality: str
+    accession_number: str
+    series_number: str
+    series_description: str
+    position: tuple[float, ...] | None
+    orientation: tuple[float, ...] | None
+    frames: int
+
+
+def read_index(encoded: bytes, transfer_syntax_uid: str, *, whole: bool) -> ObjectIndex:
+    """Read the index from the first bytes of an encoded data set (`whole`: there are no more).
+
+    Raises Incomplete where more bytes are needed, CannotUnderstand where the data set cannot be read or lacks a UID.
+    """
+    if transfer_syntax_uid == DeflatedExplicitVRLittleEndian:
+        encoded, whole = _inflate(encoded), whole
+    reached = False
+
+    def stop_when(tag: BaseTag, vr: str | None, length: int) -> bool:
+        nonlocal reached
+        reached = tag > _LAST
+        return reached
+
+    try:
+        found = read_dataset(
+            io.BytesIO(encoded), transfer_syntax_uid == ImplicitVRLittleEndian,
+            transfer_syntax_uid != ExplicitVRBigEndian, stop_when=stop_when, specific_tags=list(_TAGS.values()))
+    except Exception as error:  # bytes of strangers: the reader may raise anything, RecursionError included
+        if not whole:
+            raise Incomplete from error
+        raise CannotUnderstand(f"the data set cannot be read: {type(error).__name__}") from error
+    if not reached and not whole:
+        raise Incomplete
+    return _index(found)
+
+
+def _inflate(encoded: bytes) -> bytes:
+    try:
+        return zlib.decompressobj(-zlib.MAX_WBITS).decompress(encoded, _INFLATED_LIMIT)
+    except zlib.error as error:
+        raise CannotUnderstand(f"the deflated data set cannot be inflated: {error}") from error
+
+
+def _index(found: Dataset) -> ObjectIndex:
+    uids = {keyword: _text(found, keyword) for keyword in (
+        "SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID")}
+    missing = [keyword for keyword, uid in uids.items() if not uid]
+    if missing:
+        raise CannotUnderstand(f"the data set has no {', '.join(missing)}")
+    return ObjectIndex(
+        sop_class_uid=uids["SOPClassUID"],
+        sop_instance_uid=uids["SOPInstanceUID"],
+        study_uid=uids["StudyInstanceUID"],
+        series_uid=uids["SeriesInstanceUID"],
+        modality=_text(found, "Modality")[:16],
+        accession_number=_text(found, "AccessionNumber", decoded=True)[:64],
+        series_number=_text(found, "SeriesNumber")[:16],
+        series_description=_text(found, "SeriesDescription", decoded=True)[:256],
+        position=_numbers(found, "ImagePositionPatient", 3),
+        orientation=_numbers(found, "ImageOrientationPatient", 6),
+        frames=_count(_text(found, "NumberOfFrames")),
+    )
+
+
+def _raw(found: Dataset, keyword: str) -> bytes:
+    if _TAGS[keyword] not in found:
+        return b""
+    value = found.get_item(_TAGS[keyword]).value
+    return value if isinstance(value, bytes) else b""
+
+
+def _text(found: Dataset, keyword: str, *, decoded: bool = False) -> str:
+    """The value without padding and control characters; `decoded` by SpecificCharacterSet, else ASCII."""
+    raw = _raw(found, keyword)
+    text = raw.decode("ascii", errors="replace")
+    if decoded and not raw.isascii():
+        try:
+            names = _raw(found, "SpecificCharacterSet").decode("ascii", errors="replace")
+            encodings = convert_encodings([name.strip(" \0") for name in names.split("\\")])
+            text = decode_bytes(raw, encodings, set())
+        except (LookupError, ValueError, TypeError, AttributeError):
+            pass  # a wrong character set: the ASCII part is kept, the rest shows as replacement characters
+    return re.sub(r"[\x00-\x1f\x7f\ud800-\udfff]", "", text).strip()
+
+
+def _numbers(found: Dataset, keyword: str, count: int) -> tuple[float, ...] | None:
+    try:
+        numbers = tuple(float(part) for part in _text(found, keyword).split("\\"))
+    except ValueError:
+        return None
+    return numbers if len(numbers) == count and all(map(math.isfinite, numbers)) else None
+
+
+def _count(text: str) -> int:
+    return int(text) if re.fullmatch(r"[1-9]\d{0,8}", text) else 1

@@ -1,0 +1,39 @@
+"""The receiving process: opens spool and ledger, verifies them, listens until told to stop. Never loads torch."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+from dicomnode.config import Config
+from dicomnode.ledger import Ledger
+from dicomnode.logs import configure, get_logger
+from dicomnode.scp import Receiver
+from dicomnode.spool import Spool
+
+__all__ = ["run"]
+
+
+def run(config: Config, *, stop: threading.Event, ready: Callable[[], None]) -> None:
+    """Receive until `stop` is set; `ready` is called once associations are accepted.
+
+    Raises LedgerCorrupt where the ledger is damaged, OSError where the data directory or the address cannot be used.
+    """
+    configure(config.node)
+    log = get_logger("receive")
+    spool = Spool(config.node.data_dir)
+    with Ledger(spool.ledger_path) as ledger:
+        ledger.check()
+        swept = spool.sweep_incoming()
+        receiver = Receiver(config, spool, ledger, clock=time.time)
+        receiver.start()
+        node, known = config.node, ledger.counts()["instance"]["all"]
+        log.info(f"{node.ae_title} receives on {node.host} port {node.port}; {known} instances are known, "
+                 f"{swept} unfinished files were removed.", action="receiver_started", port=node.port, swept=swept)
+        try:
+            ready()
+            stop.wait()
+        finally:
+            receiver.stop()
+            log.info("The receiver has stopped.", action="receiver_stopped")

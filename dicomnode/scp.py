@@ -1,0 +1,256 @@
+"""Storage SCP and Verification SCP: thin handlers. Received means safe: 0x0000 goes out after the ledger's commit."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import cast
+
+from pydicom._uid_dict import UID_dictionary
+from pydicom.dataset import Dataset
+from pydicom.uid import (
+    HTJ2K,
+    JPEG2000,
+    MPEG2MPHL,
+    MPEG2MPML,
+    MPEG4HP41,
+    MPEG4HP41BD,
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    HTJ2KLossless,
+    HTJ2KLosslessRPCL,
+    ImplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGBaseline8Bit,
+    JPEGExtended12Bit,
+    JPEGLossless,
+    JPEGLosslessSV1,
+    JPEGLSLossless,
+    JPEGLSNearLossless,
+    RLELossless,
+)
+from pynetdicom import AE, _config, evt
+from pynetdicom.dimse_messages import DIMSEMessage
+from pynetdicom.dimse_primitives import C_STORE
+from pynetdicom.events import Event
+from pynetdicom.pdu_primitives import A_ASSOCIATE
+from pynetdicom.presentation import build_context
+from pynetdicom.service_class import StorageServiceClass
+from pynetdicom.sop_class import register_uid, uid_to_service_class
+
+from dicomnode.config import Config
+from dicomnode.errors import CannotUnderstand, DataSetMismatch, DiskFull, NodeError
+from dicomnode.gate import Gate, SecurityLog, printable
+from dicomnode.groupcommit import GroupCommitter
+from dicomnode.intake import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME, Intake, Limits, Request
+from dicomnode.ledger import InstanceRow, Kept, Ledger
+from dicomnode.logs import get_logger
+from dicomnode.objectindex import ObjectIndex
+from dicomnode.spool import Spool
+from dicomnode.transport import Acceptor, Server, peer_address
+
+__all__ = ["CONFLICT", "Receiver", "STORAGE_CLASSES", "TRANSFER_SYNTAXES"]
+
+log = get_logger("scp")
+SUCCESS = 0x0000
+VERIFICATION = "1.2.840.10008.1.1"
+CONFLICT = 0xB000  # PS3.4 B.2.3 knows no nearer warning; docs/decisions/0005-conflicting-bytes.md
+
+#: In order of preference, where a peer offers several in one presentation context.
+TRANSFER_SYNTAXES = (
+    ExplicitVRLittleEndian, ImplicitVRLittleEndian, DeflatedExplicitVRLittleEndian, JPEGLosslessSV1, JPEGLossless,
+    JPEGLSLossless, JPEG2000Lossless, HTJ2KLossless, HTJ2KLosslessRPCL, RLELossless, JPEGBaseline8Bit,
+    JPEGExtended12Bit, JPEGLSNearLossless, JPEG2000, HTJ2K, MPEG2MPML, MPEG2MPHL, MPEG4HP41, MPEG4HP41BD,
+    ExplicitVRBigEndian)
+
+#: Private classes that scanners send in one association with their images.
+PRIVATE_STORAGE_CLASSES = {
+    "1.3.12.2.1107.5.9.1": "SiemensCSANonImageStorage",
+    "1.2.840.113619.4.26": "GE3DModelStorage",
+    "1.2.840.113619.4.27": "GENuclearMedicineStorage",
+    "1.2.840.113619.4.30": "GEAdvanceRawStorage",
+    "1.3.46.670589.2.3.1.1": "PhilipsSpecialisedXAStorage",
+    "1.3.46.670589.2.4.1.1": "PhilipsCXImageStorage",
+    "1.3.46.670589.2.5.1.1": "Philips3DVolumeStorage",
+    "1.3.46.670589.5.0.1": "Philips3DObjectStorage",
+    "1.3.46.670589.5.0.10": "PhilipsMRSyntheticImageStorage",
+    "1.3.46.670589.11.0.0.12.1": "PhilipsPrivateMRSpectrumStorage",
+    "1.3.46.670589.11.0.0.12.2": "PhilipsPrivateMRSeriesDataStorage",
+    "1.3.46.670589.11.0.0.12.4": "PhilipsPrivateMRExamcardStorage",
+}
+
+
+def _storage_classes() -> tuple[str, ...]:
+    """Every SOP Class of PS3.6 Table A-1, retired ones included, that is stored by C-STORE."""
+    public = [uid for uid, (name, kind, _, _, keyword) in UID_dictionary.items()
+              if kind == "SOP Class" and "Storage" in keyword and "Commitment" not in keyword
+              and keyword not in ("MediaStorageDirectoryStorage",)]
+    return tuple(sorted({*public, *PRIVATE_STORAGE_CLASSES}))
+
+
+STORAGE_CLASSES = _storage_classes()
+
+
+def _register_storage_classes() -> None:
+    """pynetdicom must serve retired and private classes as storage too."""
+    for uid in STORAGE_CLASSES:
+        if uid_to_service_class(uid) is not StorageServiceClass:
+            keyword = PRIVATE_STORAGE_CLASSES.get(uid) or UID_dictionary[uid][4]
+            register_uid(uid, keyword, StorageServiceClass)
+
+
+class Receiver:
+    """The Storage SCP of one configuration; `start()`, then `stop()`."""
+
+    def __init__(self, config: Config, spool: Spool, ledger: Ledger, *, clock: Callable[[], float]) -> None:
+        self._config, self._spool, self._clock = config, spool, clock
+        self._gate = Gate(config, clock=clock)
+        self._security = SecurityLog(ledger, clock=clock)
+        self._committer = GroupCommitter(spool, ledger)
+        reception = config.reception
+        self._limits = Limits(object_bytes=reception.max_object_mb * 2**20, free_bytes=reception.low_disk_mb * 2**20)
+        self._server: Server | None = None
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Listen. Raises OSError where the address is taken or not ours."""
+        _config.LOG_HANDLER_LEVEL = "none"
+        _register_storage_classes()
+        node, reception = self._config.node, self._config.reception
+        ae = AE(node.ae_title)
+        ae.implementation_class_uid = IMPLEMENTATION_CLASS_UID
+        ae.implementation_version_name = IMPLEMENTATION_VERSION_NAME
+        ae.maximum_pdu_size = reception.max_pdu
+        ae.maximum_associations = 100_000  # the gate counts, and only associations it let in
+        ae.acse_timeout = reception.acse_timeout_s
+        ae.dimse_timeout = reception.dimse_timeout_s
+        ae.network_timeout = reception.network_timeout_s
+        contexts = [build_context(uid, list(TRANSFER_SYNTAXES)) for uid in STORAGE_CLASSES]
+        contexts.append(build_context(VERIFICATION, [ExplicitVRLittleEndian, ImplicitVRLittleEndian]))
+        self._server = Server(
+            ae, (node.host, node.port), node.ae_title, contexts,
+            evt_handlers=[(evt.EVT_REQUESTED, self._on_requested), (evt.EVT_C_STORE, self._on_c_store),
+                          (evt.EVT_C_ECHO, self._on_c_echo)],
+            make_intake=self._intake, on_end=self._on_end, connection_limit=4 * reception.max_associations)
+        self._thread = threading.Thread(target=self._server.serve_forever, name="listener", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """No new associations; those open are aborted; what is on its way to the ledger is committed."""
+        if self._server is not None and self._thread is not None:
+            self._server.shutdown()
+            self._thread.join()
+            for assoc in self._server.associations():
+                assoc.abort(block=False)
+            for assoc in self._server.associations():
+                assoc.join(2.0)
+        self._committer.close()
+
+    # --- associations
+
+    def _on_requested(self, event: Event) -> None:
+        assoc = event.assoc
+        request = cast(A_ASSOCIATE, assoc.requestor.primitive)
+        calling, address = request.calling_ae_title.strip(), peer_address(assoc)
+        refusal = self._gate.enter(id(assoc), calling_ae=calling, called_ae=request.called_ae_title, address=address)
+        if refusal is None:
+            return
+        assoc.acse.send_reject(refusal.result, refusal.source, refusal.reason)
+        assoc.is_rejected = True
+        self._security.record("security", refusal.code, refusal.why, calling_ae=calling, address=address)
+        assoc.kill()
+
+    def _on_end(self, assoc: Acceptor) -> None:
+        self._gate.leave(id(assoc))
+        address = peer_address(assoc)
+        if assoc.requestor.primitive is None:
+            self._security.record("security", "no_association", "a connection brought no A-ASSOCIATE request",
+                                  calling_ae="", address=address)
+        elif not assoc.is_rejected:
+            calling = printable(assoc.requestor.ae_title)
+            how = "aborted" if assoc.is_aborted else "released" if assoc.is_released else "lost"
+            log.info(f"{calling} at {address} sent {assoc.stored} instances; the association was {how}.",
+                     action="association_ended", calling_ae=calling, address=address, instances=assoc.stored, end=how)
+
+    def _on_c_echo(self, event: Event) -> int:
+        return SUCCESS
+
+    # --- C-STORE
+
+    def _intake(self, assoc: Acceptor, message: DIMSEMessage) -> Intake:
+        def request() -> Request | None:
+            context = assoc._accepted_cx.get(message.context_id or -1)
+            command = message.command_set
+            if context is None or command.get("CommandField") != 0x0001:
+                return None
+            return Request(
+                sop_class_uid=str(command.get("AffectedSOPClassUID", "")),
+                sop_instance_uid=str(command.get("AffectedSOPInstanceUID", "")),
+                transfer_syntax_uid=str(context.transfer_syntax[0]), calling_ae=assoc.requestor.ae_title.strip())
+
+        return Intake(self._spool, self._limits, request)
+
+    def _on_c_store(self, event: Event) -> int | Dataset:
+        """Never raises, never answers 0x0000 for what is not safe."""
+        intake = cast(C_STORE, event.request).DataSet
+        index: ObjectIndex | None = None
+        try:
+            if not isinstance(intake, Intake):
+                raise CannotUnderstand("the request came without a data set")
+            index = intake.index()
+            kept = self._keep(event, intake, index)
+            cast(Acceptor, event.assoc).stored += 1
+        except NodeError as error:
+            return self._refused(event, index, error)
+        except TimeoutError:
+            return self._refused(event, index, DiskFull("the disk did not answer in time; the sender may try again"))
+        except Exception as error:  # an association must survive, and its peer hear that the object is not safe
+            log.exception("An object could not be kept.", action="store_failed")
+            return self._refused(event, index, NodeError(f"the object could not be kept: {type(error).__name__}"))
+        finally:
+            if isinstance(intake, Intake):
+                intake.discard()
+        if kept == "conflict":
+            return self._conflict(event, index)
+        return SUCCESS
+
+    def _keep(self, event: Event, intake: Intake, index: ObjectIndex) -> Kept:
+        request = intake.request
+        assert request is not None and intake.path is not None  # intake.index() has seen to it
+        for ours, theirs, what in ((index.sop_class_uid, request.sop_class_uid, "SOP Class"),
+                                   (index.sop_instance_uid, request.sop_instance_uid, "SOP Instance")):
+            if ours != theirs:
+                raise DataSetMismatch(f"{what} UID: request {printable(theirs)}, data set {printable(ours)}")
+        self._spool.object_path(index.study_uid, index.series_uid, index.sop_instance_uid)  # refuses what is not a UID
+        intake.sync()
+        return self._committer.keep(intake.path, InstanceRow(
+            sop_instance_uid=index.sop_instance_uid, sop_class_uid=index.sop_class_uid, study_uid=index.study_uid,
+            series_uid=index.series_uid, transfer_syntax_uid=request.transfer_syntax_uid, path="",
+            bytes=intake.file_size, sha256=intake.sha256, calling_ae=request.calling_ae,
+            address=peer_address(event.assoc), received_at=self._clock(), position=index.position,
+            orientation=index.orientation, frames=index.frames, modality=index.modality,
+            accession_number=index.accession_number, series_number=index.series_number,
+            series_description=index.series_description))
+
+    def _refused(self, event: Event, index: ObjectIndex | None, error: NodeError) -> Dataset:
+        study, series = (index.study_uid, index.series_uid) if index else ("", "")
+        self._security.record(
+            "reception", type(error).__name__, f"C-STORE answered 0x{error.status:04X}: {error}",
+            calling_ae=event.assoc.requestor.ae_title, address=peer_address(event.assoc),
+            study_uid=printable(study), series_uid=printable(series))
+        return _status(error.status, str(error))
+
+    def _conflict(self, event: Event, index: ObjectIndex) -> Dataset:
+        log.warning(f"Other bytes came under SOP Instance UID {index.sop_instance_uid}: kept aside, not used.",
+                    action="conflict", sop_instance_uid=index.sop_instance_uid, series_uid=index.series_uid,
+                    calling_ae=printable(event.assoc.requestor.ae_title))
+        return _status(CONFLICT, "other bytes known under this UID; kept, not used")
+
+
+def _status(code: int, comment: str) -> Dataset:
+    """A response with ErrorComment (0000,0902), VR LO: at most 64 characters."""
+    status = Dataset()
+    status.Status = code
+    status.ErrorComment = printable(comment.encode("ascii", "replace").decode().replace("\\", "/"))
+    return status
