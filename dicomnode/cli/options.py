@@ -1,0 +1,52 @@
+"""What the commands share: options, the ledger of a configuration, and the two ways of answering (people, programs)."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from dicomnode.config import Config
+    from dicomnode.ledger import Ledger
+
+__all__ = ["ConfigOption", "JsonOption", "console", "open_ledger", "print_json"]
+
+ConfigOption = Annotated[Path, typer.Option(
+    "--config", "-c", envvar="DICOMNODE_CONFIG", show_default=True, help="The node's configuration (TOML).")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on stdout.")]
+DEFAULT_CONFIG = Path("/etc/dicomnode/dicomnode.toml")
+
+
+@contextmanager
+def open_ledger(config_path: Path) -> Iterator[tuple[Config, Ledger]]:
+    """The configuration and its ledger. Raises ConfigError, LedgerCorrupt, and NotFound where the node never ran."""
+    from dicomnode.config import load
+    from dicomnode.errors import NotFound
+    from dicomnode.ledger import Ledger
+
+    config = load(config_path)
+    path = config.node.data_dir / "ledger.sqlite3"
+    if not path.is_file():
+        raise NotFound(f"no ledger in {config.node.data_dir}: this node never ran. Remedy: `dicomnode serve`.")
+    with Ledger(path) as ledger:
+        yield config, ledger
+
+
+def print_json(value: Any) -> None:
+    json.dump(value, sys.stdout, indent=2)
+    sys.stdout.write("\n")
+
+
+def console(*, err: bool = False) -> Console:
+    """For people: tables and progress bars; colours only on a terminal."""
+    from rich.console import Console
+
+    return Console(stderr=err, highlight=False)

@@ -1,0 +1,50 @@
+"""Commands that run the node: serve, receive, work, and the demo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dicomnode.cli.options import DEFAULT_CONFIG, ConfigOption, JsonOption, console, print_json
+
+__all__ = ["demo", "receive", "serve", "work"]
+
+
+def serve(config: ConfigOption = DEFAULT_CONFIG) -> None:
+    """Run the whole node in the foreground: receiver and worker. Prints `ready` when it accepts associations."""
+    from dicomnode import serve as node
+    from dicomnode.config import load
+
+    node.run(config, load(config))
+
+
+def receive(config: ConfigOption = DEFAULT_CONFIG) -> None:
+    """Run the receiving process alone (for systemd)."""
+    from dicomnode import receive as receiver
+    from dicomnode.config import load
+
+    receiver.run(load(config))
+
+
+def work(config: ConfigOption = DEFAULT_CONFIG) -> None:
+    """Run the working process alone: match, deblur, deliver (for systemd)."""
+    from dicomnode import work as worker
+    from dicomnode.config import load
+
+    worker.run(load(config))
+
+
+def demo(
+    out_dir: Annotated[Path, typer.Argument(help="Where the picture and the DICOM go.")] = Path("dicomnode-demo"),
+    method: Annotated[str, typer.Option(help="Deconvolution method.")] = "nbd",
+    preset: Annotated[str, typer.Option(help="The method's preset.")] = "preview",
+    as_json: JsonOption = False,
+) -> None:
+    """Send a synthetic PET and CT through a whole node on this machine and show what comes back."""
+    from dicomnode import demo as demonstration
+
+    figures = demonstration.run(out_dir, method=method, preset=preset, console=console(err=as_json))
+    if as_json:
+        print_json(figures)

@@ -1,0 +1,109 @@
+"""Reports for people: the same values that `--json` prints, as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from dicomnode.acceptance import Finding
+
+__all__ = ["print_findings", "print_jobs", "print_status", "print_study"]
+
+COLOURS = {"held": "red", "failed": "red", "dead": "red", "cancelled": "yellow", "waiting": "yellow", "running": "cyan",
+           "sending": "cyan", "built": "cyan", "delivered": "green", "committed": "green", "ok": "green",
+           "warning": "yellow", "problem": "red"}
+
+
+def print_jobs(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
+    if not rows:
+        console.print("Nothing has come yet.")
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("job", "received", "accession", "", "series", "images", "state"):
+        table.add_column(name, overflow="fold")
+    table.add_column("reason", ratio=1)
+    for row in rows:
+        name = " ".join(filter(None, [row["series_number"], row["series_description"]])) or row["series"]
+        table.add_row(str(row["job"] or ""), _short(row["received_at"]), escape(row["accession_number"]),
+                      row["modality"], escape(name), str(row["instances"]), _state(row["state"]), escape(_why(row)))
+    console.print(table)
+
+
+def print_status(console: Console, value: Mapping[str, Any]) -> None:
+    counts = value["counts"]
+    for kind in ("series", "job", "delivery"):
+        found = ", ".join(f"{n} {state}" for state, n in sorted(counts[kind].items())) or "none"
+        console.print(f"{kind:<10}{found}")
+    console.print(f"{'instances':<10}{counts['instance']['all']}, last {_short(value['last_received_at']) or 'never'}")
+    console.print(f"{'disk':<10}{value['free_bytes'] / 2**30:.1f} GiB free")
+    for title, rows in (("Running", value["running"]), ("Waiting for a person", value["held"])):
+        if rows:
+            console.print(f"\n[bold]{title}[/bold]")
+            print_jobs(console, rows)
+
+
+def print_study(console: Console, value: Mapping[str, Any]) -> None:
+    accession = f", accession number {value['accession_number']}" if value["accession_number"] else ""
+    console.print(f"[bold]Study[/bold] {value['study']}{escape(accession)}")
+    for series in value["series"]:
+        name = " ".join(filter(None, [series["series_number"], series["series_description"]]))
+        console.print(f"\n[bold]{series['modality']} series[/bold] {series['series']}  {escape(name)}")
+        console.print(f"  {series['instances']} images from {escape(series['calling_ae'])}, "
+                      f"{_short(series['received_at'])} to {_short(series['last_received_at'])}")
+        _line(console, series["series_state"], series["series_reason"])
+        if series["conflicts"]:
+            console.print(f"  {series['conflicts']} objects with other bytes under a known UID are kept aside")
+        for job in series["jobs"]:
+            _print_job(console, job)
+    console.print("\n[bold]History[/bold]")
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for event in value["events"]:
+        what = f"job {event['job']}" if event["job"] else event["kind"]
+        change = " → ".join(filter(None, [event["from_state"], event["to_state"]])) or event["code"]
+        table.add_row(_short(event["at"]), what, change, escape(event["reason"]), escape(event["actor"]))
+    console.print(table)
+
+
+def print_findings(console: Console, findings: Sequence[Finding]) -> None:
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for finding in findings:
+        text = finding.text + (f" Remedy: {finding.remedy}" if finding.remedy else "")
+        table.add_row(_state(finding.verdict), finding.what, escape(text))
+    console.print(table)
+
+
+def _print_job(console: Console, job: Mapping[str, Any]) -> None:
+    console.print(f"  [bold]job {job['job']}[/bold] by route {escape(job['route'])}: {job['method']}, preset "
+                  f"{job['preset']}, {job['inputs']} images, attempt {job['attempts']}")
+    _line(console, job["state"], _why(job), indent="    ")
+    console.print(f"    guide: {'CT series ' + job['guide_series'] if job['guide_series'] else 'none'}")
+    if job["derived_series"]:
+        console.print(f"    derived series {job['derived_series']}, {job['derived_instances']} images")
+    for delivery in job["deliveries"]:
+        took = f"{delivery['accepted']} of {job['derived_instances']} images accepted, attempt {delivery['attempts']}"
+        _line(console, delivery["state"], f"{took}. {delivery['reason']}", f"    to {escape(delivery['peer'])}: ")
+
+
+def _line(console: Console, state: str, reason: str, indent: str = "  ") -> None:
+    console.print(f"{indent}{_state(state)}  {escape(reason)}".rstrip())
+
+
+def _why(row: Mapping[str, Any]) -> str:
+    progress = row["progress"]
+    if row["state"] == "running" and progress:
+        return f"{progress['stage']}: step {progress['step']} of {progress['steps']}"
+    return str(row["reason"] or row["code"])
+
+
+def _state(state: str) -> str:
+    return f"[{COLOURS[state]}]{state}[/]" if state in COLOURS else state
+
+
+def _short(timestamp: str | None) -> str:
+    return timestamp.replace("T", " ").replace("Z", " UTC") if timestamp else ""

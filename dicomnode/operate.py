@@ -1,0 +1,185 @@
+"""What a person may decide: retry, hold, release, cancel. Functions over the ledger; each says what it did.
+
+A target is a study, series or derived series UID, an accession number or a job number ("12" or "job:12"). Named by
+study or accession number it must leave one choice: what would touch two jobs is refused with the list.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Set
+from dataclasses import dataclass
+from typing import Any
+
+from dicomnode.errors import NotFound, RefusedInput
+from dicomnode.ledger import Ledger
+
+__all__ = ["Done", "cancel", "hold", "release", "retry"]
+
+HELD = frozenset({"held"})
+JOB_RETRY = HELD | {"failed", "cancelled"}
+JOB_HOLD = frozenset({"queued", "running", "failed", "built", "sending"})
+JOB_CANCEL = JOB_HOLD | HELD
+SERIES_HOLD = frozenset({"receiving", "waiting", "complete"})
+SERIES_CANCEL = SERIES_HOLD | HELD
+
+
+@dataclass(frozen=True)
+class Done:
+    """What an operation changed: the job or, where the series has none, the series, and its new state."""
+
+    series: str
+    job: int | None
+    state: str
+    text: str
+
+
+def retry(ledger: Ledger, target: str, *, now: float, actor: str) -> Done:
+    """Try again: a held, failed or cancelled job is queued with its attempts reset; a held series is looked at again.
+
+    A job whose deliveries died is not computed again: it goes on sending what is already built.
+    Raises NotFound and RefusedInput.
+    """
+    row = _one(ledger, target, "retry", HELD, JOB_RETRY, dead_too=True)
+    with ledger.transaction() as db:
+        if row["series_state"] == "held":
+            ledger.set_series(row["series_uid"], "receiving", now=now, code="operator", reason="retry", actor=actor)
+            return Done(row["series_uid"], None, "receiving", "the series is looked at again")
+        job, dead = ledger.job(row["job_id"]), _dead(ledger, row["job_id"])
+        if dead and job["derived_path"]:
+            _revive(db, ledger, dead, now=now)
+            if job["state"] in JOB_RETRY:
+                ledger.set_job(job["id"], "built", now=now, code="operator", reason="deliveries retried", actor=actor,
+                               finished_at=None)
+            state = ledger.job(job["id"])["state"]
+            peers = ", ".join(delivery["peer"] for delivery in dead)
+            return Done(job["series_uid"], job["id"], state, f"the delivery to {peers} is tried again")
+        ledger.set_job(job["id"], "queued", now=now, code="operator", reason="retry", actor=actor, attempts=0,
+                       run_after=now, progress=None, finished_at=None)
+        return Done(job["series_uid"], job["id"], "queued", "the job is queued again")
+
+
+def hold(ledger: Ledger, target: str, *, now: float, actor: str) -> Done:
+    """Stop here and wait for a person. Raises NotFound and RefusedInput."""
+    row = _one(ledger, target, "hold", SERIES_HOLD, JOB_HOLD)
+    return _stop(ledger, row, JOB_HOLD, "held", "held", now=now, actor=actor)
+
+
+def cancel(ledger: Ledger, target: str, *, now: float, actor: str) -> Done:
+    """Give the job up (a series without a job is ignored from now on). Raises NotFound and RefusedInput."""
+    row = _one(ledger, target, "cancel", SERIES_CANCEL, JOB_CANCEL)
+    return _stop(ledger, row, JOB_CANCEL, "cancelled", "ignored", now=now, actor=actor)
+
+
+def release(ledger: Ledger, target: str, *, now: float, actor: str) -> Done:
+    """A person looked and says: go on all the same.
+
+    A held job whose derived series is built is sent as it is. A held series is processed in spite of what held it, its
+    conflicting objects stay unused. Raises NotFound and RefusedInput.
+    """
+    row = _one(ledger, target, "release", HELD, HELD)
+    with ledger.transaction() as db:
+        if row["series_state"] == "held":
+            db.execute("UPDATE conflict SET accepted = 1 WHERE series_uid = ?", (row["series_uid"],))
+            ledger.set_series(row["series_uid"], "receiving", now=now, code="operator", released=True, actor=actor,
+                              reason=f"released although: {row['series_reason'] or row['series_code']}")
+            return Done(row["series_uid"], None, "receiving", "the series is processed as it is")
+        job = ledger.job(row["job_id"])
+        why = f"released although: {job['reason'] or job['code']}"
+        if not job["derived_path"]:
+            if job["code"] != "operator":
+                raise RefusedInput(f"job {job['id']} is held ({job['reason']}) and has built nothing that could be "
+                                   f"sent. Remedy: `dicomnode retry job:{job['id']}` computes it again.")
+            ledger.set_job(job["id"], "queued", now=now, code="operator", reason=why, actor=actor, finished_at=None)
+            return Done(job["series_uid"], job["id"], "queued", "the job goes on")
+        for peer in job["send_to"]:
+            db.execute("INSERT OR IGNORE INTO delivery (job_id, peer, state, next_at, created_at) "
+                       "VALUES (?, ?, 'waiting', ?, ?)", (job["id"], peer, now, now))
+        _revive(db, ledger, _dead(ledger, job["id"]), now=now)
+        ledger.set_job(job["id"], "built", now=now, code="operator", reason=why, actor=actor, finished_at=None)
+        return Done(job["series_uid"], job["id"], "built", "the derived series is sent as it is")
+
+
+def _stop(ledger: Ledger, row: dict[str, Any], active: Set[str], job_state: str, series_state: str, *, now: float,
+          actor: str) -> Done:
+    reason = f"{job_state} by {actor}"
+    if row["job_state"] not in active:
+        ledger.set_series(row["series_uid"], series_state, now=now, code="operator", reason=reason, actor=actor)
+        return Done(row["series_uid"], None, series_state, f"the series is {series_state}")
+    ledger.set_job(row["job_id"], job_state, now=now, code="operator", reason=reason, actor=actor)
+    return Done(row["series_uid"], row["job_id"], job_state, f"the job is {job_state}")
+
+
+def _one(ledger: Ledger, target: str, verb: str, series_states: Set[str], job_states: Set[str], *,
+         dead_too: bool = False) -> dict[str, Any]:
+    """The one overview row that `target` names, with its series or its job in one of the states.
+
+    A study named as a whole means its PET, not the CT that came along.
+    """
+    rows = _named(ledger, target)
+
+    def fits(row: dict[str, Any]) -> bool:
+        if row["job_id"] is not None and (row["job_state"] in job_states or dead_too and _dead(ledger, row["job_id"])):
+            return True
+        return row["series_state"] in series_states and (len(rows) == 1 or row["modality"] == "PT")
+
+    fitting = [row for row in rows if fits(row)]
+    if not fitting:
+        states = "; ".join(f"{_label(row)} is {row['job_state'] or row['series_state']}" for row in rows)
+        raise RefusedInput(f"nothing to {verb}: {states}.")
+    if len(fitting) > 1:
+        raise RefusedInput(f"{target!r} leaves {len(fitting)} choices: {'; '.join(_label(row) for row in fitting)}. "
+                           "Remedy: name one of them by its series UID or job number.")
+    return fitting[0]
+
+
+def _named(ledger: Ledger, target: str) -> list[dict[str, Any]]:
+    if target.startswith("job:"):
+        number = target.removeprefix("job:")
+        if not number.isdecimal():
+            raise NotFound(f"{number!r} is not a job number")
+        return _row_of_job(ledger, int(number))
+    rows = ledger.overview(target)
+    exact = [row for row in rows if target in (row["series_uid"], row["derived_series_uid"])]
+    if exact:
+        return exact
+    job = _row_of_job(ledger, int(target)) if target.isdecimal() and _has_job(ledger, int(target)) else []
+    if job and rows:
+        raise RefusedInput(f"{target!r} is both a job number and an accession number. "
+                           f"Remedy: write job:{target}, or the Study Instance UID.")
+    if not job and not rows:
+        raise NotFound(f"nothing in the ledger is called {target!r}. Remedy: `dicomnode jobs` lists what came.")
+    return job or rows
+
+
+def _row_of_job(ledger: Ledger, job_id: int) -> list[dict[str, Any]]:
+    job = ledger.job(job_id)
+    rows = [row for row in ledger.overview(job["series_uid"]) if row["series_uid"] == job["series_uid"]]
+    if rows and rows[0]["job_id"] != job_id:
+        raise RefusedInput(f"job {job_id} was followed by job {rows[0]['job_id']} of the same series. "
+                           f"Remedy: name job:{rows[0]['job_id']}.")
+    return rows
+
+
+def _has_job(ledger: Ledger, job_id: int) -> bool:
+    try:
+        ledger.job(job_id)
+    except NotFound:
+        return False
+    return True
+
+
+def _dead(ledger: Ledger, job_id: int) -> list[dict[str, Any]]:
+    return [row for row in ledger.deliveries(job_id) if row["state"] == "dead"]
+
+
+def _revive(db: sqlite3.Connection, ledger: Ledger, dead: list[dict[str, Any]], *, now: float) -> None:
+    """Dead deliveries wait again; their age counts from now, or they would be given up at once."""
+    for delivery in dead:
+        ledger.set_delivery(delivery["id"], "waiting", now=now, reason="retried by a person", next_at=now, attempts=0)
+        db.execute("UPDATE delivery SET created_at = ? WHERE id = ?", (now, delivery["id"]))
+
+
+def _label(row: dict[str, Any]) -> str:
+    job = f"job {row['job_id']} of " if row["job_id"] is not None else ""
+    return f"{job}{row['modality']} series {row['series_uid']}"
