@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -12,7 +13,7 @@ from pydicom.tag import Tag
 from sop.errors import Refused
 from sop.pixels import PIXEL_KEYWORDS
 
-__all__ = ["integer", "numbers", "strings", "text", "without_pixels"]
+__all__ = ["decimal_string", "integer", "numbers", "strings", "text", "without_pixels"]
 
 RESEND = "send the series again from the scanner or the PACS"
 
@@ -51,10 +52,21 @@ def integer(header: Dataset, keyword: str, *, default: int | None = None) -> int
     return int(value)
 
 
+def decimal_string(value: float) -> str:
+    """The number as DS, at most 16 characters [PS3.5 6.2], with as many digits as fit.
+
+    >>> decimal_string(-0.00012345678901234567)
+    '-0.000123456789'
+    """
+    written = (f"{value:.{digits}{style}}" for style in "gfe" for digits in range(17, -1, -1))
+    return min((text for text in written if len(text) <= 16), key=lambda text: (abs(float(text) - value), len(text)))
+
+
 def without_pixels(data: Dataset) -> Dataset:
-    """A data set of the same elements, still as they came, without pixel data; `data` is left alone."""
+    """A data set of the same elements, still as they came, without pixel data; setting one leaves `data` alone."""
     dropped = {Tag(keyword) for keyword in PIXEL_KEYWORDS}
-    header = Dataset({tag: data.get_item(tag) for tag in data.keys() if tag not in dropped})  # noqa: SIM118
+    # get_item leaves unread elements unread; copying matters because setting an attribute changes the element itself.
+    header = Dataset({tag: copy.copy(data.get_item(tag)) for tag in data.keys() if tag not in dropped})  # noqa: SIM118
     if getattr(data, "file_meta", None) is not None:
         header.file_meta = data.file_meta
     return header

@@ -17,9 +17,8 @@ __all__ = [
 ]
 
 CLASSIC = {uid.PositronEmissionTomographyImageStorage, uid.CTImageStorage}
-ENHANCED_PET = {uid.EnhancedPETImageStorage, uid.LegacyConvertedEnhancedPETImageStorage}
-ENHANCED_CT = {uid.EnhancedCTImageStorage, uid.LegacyConvertedEnhancedCTImageStorage}
-MULTIFRAME = {uid.NuclearMedicineImageStorage} | ENHANCED_PET | ENHANCED_CT
+MULTIFRAME = {uid.NuclearMedicineImageStorage, uid.EnhancedPETImageStorage, uid.EnhancedCTImageStorage}
+PET = {uid.PositronEmissionTomographyImageStorage, uid.EnhancedPETImageStorage}
 
 PER_FRAME_REMEDY = "send a STATIC or WHOLE BODY reconstruction of the same acquisition"
 
@@ -31,7 +30,7 @@ def is_multiframe(header: Dataset) -> bool:
 
 def is_pet(header: Dataset) -> bool:
     """Whether it is a PET image; by SOP Class, since secondary captures also say Modality PT."""
-    return text(header, "SOPClassUID") in {uid.PositronEmissionTomographyImageStorage} | ENHANCED_PET
+    return text(header, "SOPClassUID") in PET
 
 
 def refuse_unsupported(header: Dataset) -> None:
@@ -42,7 +41,6 @@ def refuse_unsupported(header: Dataset) -> None:
         raise Refused(
             "not-supported", f"{name} is not read as a volume",
             "give a PET, CT or reconstructed NM series",
-            study=text(header, "StudyInstanceUID"), series=text(header, "SeriesInstanceUID"),
         )
 
 

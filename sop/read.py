@@ -65,10 +65,20 @@ def read_series(
 
 
 def _open(source: Path | str | Dataset) -> list[_Found]:
-    path = None if isinstance(source, Dataset) else Path(source)
-    header = without_pixels(source) if isinstance(source, Dataset) else load(Path(source), pixels=False)
+    if isinstance(source, Dataset):
+        path, header = None, without_pixels(source)
+    else:
+        path = Path(source)
+        header = load(path, pixels=False)
+    try:
+        return _slices(header, path, source if isinstance(source, Dataset) else Path(source))
+    except Refused as refusal:
+        named = refusal.of(text(header, "StudyInstanceUID"), text(header, "SeriesInstanceUID"))
+        raise named from refusal.__cause__
+
+
+def _slices(header: Dataset, path: Path | None, origin: Path | Dataset) -> list[_Found]:
     kinds.refuse_unsupported(header)
-    origin = source if isinstance(source, Dataset) else Path(source)
     if kinds.is_multiframe(header):
         slices = multiframe.slices_of(header, path)
         return [_Found(item, origin, len(slices)) for item in slices]

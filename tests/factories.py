@@ -298,6 +298,7 @@ def _pet_header(seed: int, series: int, vendor: str, units: str | None, attenuat
     ds.SeriesDescription = "PET AC" if attenuation_corrected else "PET NAC"
     ds.ImageType, ds.SeriesType = ["ORIGINAL", "PRIMARY"], ["WHOLE BODY", "IMAGE"]
     ds.Manufacturer, ds.ManufacturerModelName = MANUFACTURERS[vendor], MODELS[vendor]
+    del ds.PatientPosition  # excluded by PatientOrientationCodeSequence [PS3.3 C.7.3.1.1.2]
     if units is not None:
         ds.Units = units
     ds.CountsSource, ds.DecayCorrection, ds.CollimatorType = "EMISSION", "START", "NONE"
