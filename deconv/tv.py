@@ -19,6 +19,7 @@ where c, a spectrum of the PET grid, is repeated over the fine grid (the matrix 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -69,7 +70,8 @@ def tv_deconvolve(
 ) -> torch.Tensor:
     """(D, H, W) -> (2D, 2H, 2W) float32 on y's device: the non-negative minimiser described above.
 
-    It is scaled at the end so that total activity is that of y: borders and the last iterate's clipping cost up to 0.1 %.
+    Total activity is y's but for what borders and the positivity make of it: within 0.1 % on phantoms whose organs are
+    cut by the field of view, 0.01 % else. `deconv.classic` scales that away and reports the factor.
 
     kernel       convolution kernel, odd sizes; scaled to sum 1.
     kernel_grid  "pet": kernel on y's grid, y = P(x) ∗ k (the paper's model). "fine": on the doubled grid, y = P(x ∗ k).
@@ -102,8 +104,7 @@ def tv_deconvolve(
         x = _solve(model, y[start:stop].float() / peak, lam, iterations, spacing, report)
         out = x if out is None else _joined(out, x, start)
     assert out is not None  # there is at least one piece
-    total = y.sum(dtype=torch.float64)
-    return out.mul_(float(8.0 * total / out.sum(dtype=torch.float64)) if float(total) > 0 else peak)
+    return out.mul_(peak)
 
 
 def _solve(
@@ -139,7 +140,8 @@ def _penalties(lam: float) -> tuple[float, float]:
 
 
 def _shrunk(
-    x: torch.Tensor, u: list[torch.Tensor], w: torch.Tensor, steps: Sequence[float], radius: float, rho: float, mu: float
+    x: torch.Tensor, u: list[torch.Tensor], w: torch.Tensor, steps: Sequence[float], radius: float, rho: float,
+    mu: float,
 ) -> torch.Tensor:
     """Update u and w in place for the present x; return rho grad^T(d - u) + mu (z - w)."""
     for axis in range(3):
@@ -177,8 +179,8 @@ def _slabs(slices: int, slab: int | None, overlap: int) -> list[tuple[int, int]]
     if slab <= overlap:
         raise ValueError(f"slab of {slab} slices is not longer than the overlap of {overlap}; take a longer one")
     count = int(np.ceil((slices - overlap) / (slab - overlap)))
-    edges = np.round(np.linspace(0, slices - overlap, count + 1)).astype(int)
-    return [(int(a), int(b) + overlap) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    edges = [round(i * (slices - overlap) / count) for i in range(count + 1)]
+    return [(a, b + overlap) for a, b in pairwise(edges)]
 
 
 def _joined(done: torch.Tensor, piece: torch.Tensor, start: int) -> torch.Tensor:
