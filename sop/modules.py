@@ -99,6 +99,8 @@ def copied(header: Dataset) -> Dataset:
     for keyword in _STALE:
         if keyword in kept:
             del kept[keyword]
+    if "DYNAMIC" not in str(kept.get("SeriesType", "")):
+        kept.pop("NumberOfTimeSlices", None)  # C.8.9.1: only where DYNAMIC; scanners write a count per bed into it
     for tag in [tag for tag in sorted(kept.keys()) if tag.group & 0xFF00 in (0x5000, 0x6000)]:  # curves, overlay planes
         del kept[tag]
     for group, creator, elements in _STALE_PRIVATE:

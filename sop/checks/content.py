@@ -1,0 +1,198 @@
+"""Values and content of a derived series against its source: activity, place, maximum, residual, SUV. Rules 12 to 18.
+
+The derived image, averaged over 2 x 2 x 2 voxels, lies on the source's grid. What deblurring did there is symmetric and
+so moves nothing; a displacement a + b r (r from -1 to 1 over the field) along each axis is fitted, together with terms
+that take up sharpening, by linear least squares:
+
+    P - y = -sum_i (a_i + b_i r_i) dy/di + sum_i c_i d2y/di2 + c_4 (laplacian squared) y + g y
+
+Content resampled by aligning corners shows b = 1/4 source voxel, a plain shift by a quarter a = 1/4 (rule 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import fft, ndimage
+
+from sop.checks.report import CheckItem, Limits, agreed, at_most
+from sop.checks.stored import Instance, numbers, text
+from sop.errors import Refused
+from sop.suv import suv_factors
+
+__all__ = ["content_items", "displacement", "reblurred", "value_items"]
+
+_SMOOTH_VOXELS = 1.2  # sigma; what remains is smooth enough for differences between neighbours
+_AXES = ("slice", "row", "column")
+
+
+def value_items(derived: Sequence[Instance], limits: Limits) -> list[CheckItem]:
+    """Stored values, slopes and windows of the derived slices."""
+    wrong_bits = [f"{item.path.name}: {bits}" for item in derived
+                  if (bits := "/".join(text(item.header, name) for name in (
+                      "BitsAllocated", "BitsStored", "HighBit", "SamplesPerPixel", "PhotometricInterpretation")))
+                  != "16/16/15/1/MONOCHROME2"]
+    coarse = max((0.5 / item.largest for item in derived if item.largest > 0), default=0.0)
+    return [
+        agreed("pixel-data", [item.trouble for item in derived if item.trouble], "pixel data fit their headers"),
+        agreed("bits", wrong_bits, "16 bits stored, MONOCHROME2"),
+        agreed("rescale-intercept", [f"{item.path.name}: {text(item.header, 'RescaleIntercept')!r}" for item in derived
+                                     if numbers(item.header, "RescaleIntercept", 1)[0] != 0],
+               "RescaleIntercept is zero"),
+        agreed("rescale-slope", [f"{item.path.name}: {text(item.header, 'RescaleSlope')!r}" for item in derived
+                                 if not 0 < numbers(item.header, "RescaleSlope", 1)[0] < np.inf],
+               "RescaleSlope is positive"),
+        agreed("stored-range", [f"{item.path.name}: {item.smallest}..{item.largest}" for item in derived
+                                if item.smallest < 0 or item.largest > 32767], "stored values lie in 0..32767"),
+        at_most("quantisation", coarse, limits.quantisation, "half a stored step over the slice maximum"),
+        agreed("window", _window_troubles(derived), "the window shows something of the values"),
+    ]
+
+
+def _window_troubles(derived: Sequence[Instance]) -> list[str]:
+    brightest = max(item.maximum for item in derived)
+    troubles = []
+    for item in derived:
+        center, width = numbers(item.header, "WindowCenter", 1)[0], numbers(item.header, "WindowWidth", 1)[0]
+        if not text(item.header, "WindowCenter") and not text(item.header, "WindowWidth"):
+            continue
+        if not width >= 1 or not center - width / 2 < max(brightest, 1e-30) or not center + width / 2 > 0:
+            troubles.append(f"{item.path.name}: center {center} width {width}, values up to {brightest:.4g}")
+    return troubles
+
+
+def content_items(source: Sequence[Instance], derived: Sequence[Instance], kernel: NDArray | None,
+                  limits: Limits) -> list[CheckItem]:
+    """Items on the image itself; one failing item "content" where the two cannot be laid over one another."""
+    before = [item.plane for item in source if item.plane is not None]
+    after = [item.plane for item in derived if item.plane is not None]
+    if len({plane.shape for plane in (*before, *after)}) != 1 or len(before) != len(source) \
+            or len(after) != len(derived) or len(derived) != 2 * len(source):
+        return [CheckItem("content", False, None, None, "source and derived image cannot be laid over one another")]
+    y = np.stack(before)
+    halves = [(lower + upper) / 2 for lower, upper in zip(after[0::2], after[1::2])]
+    pooled: NDArray[np.float32] = np.stack(halves, dtype=np.float32)
+    seen = pooled if kernel is None else reblurred(pooled, kernel)
+    items = [*_activity_items(y, pooled, seen, kernel is not None, limits),
+             at_most("maximum", _ratio(max(item.maximum for item in derived), float(y.max())), limits.maximum,
+                     "derived maximum over source maximum"),
+             *_place_items(y, seen, limits),
+             *_suv_items(source, derived, limits)]
+    if kernel is not None:
+        residual = _ratio(float(np.linalg.norm(seen - y)), float(np.linalg.norm(y)))
+        items.append(at_most("residual", residual, limits.residual, "|D(x * k) - y| over |y|"))
+    return items
+
+
+def _ratio(a: float, b: float) -> float:
+    return a / b if b else (1.0 if a == 0 else np.inf)
+
+
+def reblurred(pooled: NDArray[np.float32], kernel: NDArray) -> NDArray[np.float32]:
+    """x * k on the source grid, borders continued by their edge voxels. pooled (D, H, W), kernel odd, sum 1."""
+    halves = [n // 2 for n in kernel.shape]
+    padded = np.pad(pooled, [(h, h) for h in halves], mode="edge")
+    shape = [fft.next_fast_len(n, real=True) for n in padded.shape]
+    spectrum = fft.rfftn(padded, shape, workers=2)
+    spectrum *= fft.rfftn(np.asarray(kernel, dtype=np.float32), shape, workers=2)
+    full = fft.irfftn(spectrum, shape, workers=2)
+    return full[tuple(slice(2 * h, 2 * h + n) for h, n in zip(halves, pooled.shape))]
+
+
+def _activity_items(y: NDArray[np.float32], pooled: NDArray[np.float32], seen: NDArray[np.float32], blurred: bool,
+                    limits: Limits) -> list[CheckItem]:
+    before, after = (volume.sum(axis=(1, 2), dtype=np.float64) for volume in (y, seen))
+    total, kept = float(before.sum()), float(pooled.sum(dtype=np.float64))
+    usual = np.maximum(np.abs(before), limits.quiet_slice * np.abs(before).mean())
+    worst = float((np.abs(after - before) / np.where(usual > 0, usual, 1)).max())
+    limit = limits.slice_activity if blurred else limits.slice_activity_sharp
+    what = "on the re-blurred image" if blurred else "without re-blurring"
+    return [
+        at_most("activity", abs(_ratio(kept, total) - 1), limits.activity, "change of the activity in all"),
+        at_most("slice-activity", worst, limit, f"change of the activity of a source slice, {what}"),
+    ]
+
+
+def _place_items(y: NDArray[np.float32], seen: NDArray[np.float32], limits: Limits) -> list[CheckItem]:
+    smooth_y, smooth_seen = (ndimage.gaussian_filter(v, _SMOOTH_VOXELS, mode="nearest") for v in (y, seen))
+    correlation = 1.0
+    if smooth_y.std() > 0 or smooth_seen.std() > 0:
+        norm = float(np.linalg.norm(smooth_y) * np.linalg.norm(smooth_seen))
+        correlation = float(np.vdot(smooth_y, smooth_seen)) / norm if norm else 0.0
+    items = [CheckItem("content-likeness", correlation >= limits.correlation, correlation, limits.correlation,
+                       f"likeness of the smoothed contents: {correlation:.4f}, at least {limits.correlation}")]
+    shift, stretch, shift_error, stretch_error = displacement(smooth_y, smooth_seen)
+    for axis, a, b, ea, eb in zip(_AXES, shift, stretch, shift_error, stretch_error):
+        for name, value, error in (("content-shift", a, ea), ("content-stretch", b, eb)):
+            beyond = abs(value) > limits.shift_voxels and abs(value) > limits.shift_errors * error
+            items.append(CheckItem(
+                f"{name}-{axis}", not beyond, float(value), limits.shift_voxels,
+                f"displacement along the {axis} axis {'at the edges' if 'stretch' in name else 'of all'}: {value:.3f} "
+                f"+- {error:.3f} source voxels, limit {limits.shift_voxels}",
+            ))
+    return items
+
+
+def displacement(y: NDArray[np.float32], seen: NDArray[np.float32]) -> tuple[NDArray, NDArray, NDArray, NDArray]:
+    """Shift a and stretch b of `seen` against `y` along the three axes, source voxels, and their standard errors.
+
+    Both smoothed, (D, H, W). Axes of fewer than 5 voxels, and images without structure, tell nothing: error infinite.
+    """
+    nothing = np.zeros(3), np.zeros(3), np.full(3, np.inf), np.full(3, np.inf)
+    if min(y.shape) < 5 or not y.std() > 0:
+        return nothing
+    step = max(1, round((y.size / 2e6) ** (1 / 3)))  # smooth images need not be sampled at each voxel
+    terms = _terms(y, step)
+    difference = _inner(seen - y, step).ravel().astype(np.float64)
+    gram = np.array([[np.vdot(p, q) for q in terms] for p in terms])
+    scale = np.sqrt(np.diag(gram))
+    known = scale > 1e-12 * scale.max()
+    if not known[:6].any():
+        return nothing
+    index = np.flatnonzero(known)
+    normal = gram[np.ix_(index, index)] / np.outer(scale[index], scale[index])
+    # Terms that cannot be told apart get a large error in place of a large value.
+    inverse = np.linalg.inv(normal + 1e-6 * np.eye(len(index)))
+    right = np.array([np.vdot(terms[i], difference) for i in index]) / scale[index]
+    solution, errors = np.zeros(len(terms)), np.full(len(terms), np.inf)
+    fitted = inverse @ right
+    left = max(float(difference @ difference - fitted @ right), 0.0)
+    # Smoothing makes neighbours alike: as many free samples as smoothing volumes.
+    samples = max(difference.size * step**3 / (2 * np.sqrt(np.pi) * _SMOOTH_VOXELS) ** 3, len(index) + 1)
+    variance = left / difference.size * np.diag(inverse) * difference.size / samples
+    solution[index], errors[index] = fitted / scale[index], np.sqrt(variance) / scale[index]
+    return -solution[:3], -solution[3:6], errors[:3], errors[3:6]
+
+
+def _inner(volume: NDArray, step: int, shift: tuple[int, int, int] = (0, 0, 0)) -> NDArray:
+    """Every `step`-th voxel at least two from the border, moved by `shift`."""
+    return volume[tuple(slice(2 + s, n - 2 + s, step) for s, n in zip(shift, volume.shape))]
+
+
+def _terms(y: NDArray[np.float32], step: int) -> list[NDArray[np.float64]]:
+    units = np.eye(3, dtype=int)
+    middle = _inner(y, step).astype(np.float64)
+    firsts, seconds, stretched = [], [], []
+    for axis, unit in enumerate(units):
+        plus, minus = (_inner(y, step, (s * unit[0], s * unit[1], s * unit[2])).astype(np.float64) for s in (1, -1))
+        slope = (plus - minus) / 2
+        place = np.arange(2, y.shape[axis] - 2, step) / ((y.shape[axis] - 1) / 2) - 1
+        firsts.append(slope.ravel())
+        stretched.append((slope * place.reshape([-1 if i == axis else 1 for i in range(3)])).ravel())
+        seconds.append((plus - 2 * middle + minus).ravel())
+    laplacian = ndimage.laplace(y, mode="nearest")
+    twice = _inner(ndimage.laplace(laplacian, mode="nearest"), step).astype(np.float64).ravel()
+    return [*firsts, *stretched, *seconds, twice, middle.ravel()]
+
+
+def _suv_items(source: Sequence[Instance], derived: Sequence[Instance], limits: Limits) -> list[CheckItem]:
+    before, after = (suv_factors([item.header for item in series]).bw for series in (source, derived))
+    if isinstance(before, Refused) or isinstance(after, Refused):
+        same = isinstance(before, Refused) and isinstance(after, Refused) and before.code == after.code
+        told = [one.code if isinstance(one, Refused) else f"{one:.8g}" for one in (before, after)]
+        promise = "the SUV factor is the source's, or refused for the same reason"
+        return [CheckItem("suv", same, told[1], told[0], promise)]
+    off = abs(_ratio(after, before) - 1)
+    return [at_most("suv", off, limits.suv, f"SUVbw factor {after:.8g} against {before:.8g}")]
