@@ -198,14 +198,18 @@ def load(path: Path) -> Config:
 
 def _checked(config: Config, origin: str) -> Config:
     """What needs the parts that a route names: methods, presets, settings, DICOM keywords."""
-    from deconv import METHODS
+    from deconv import PRESET_NAMES  # not the methods themselves: the receiving process never loads torch
     from dicomnode.routing import validate_when
 
     problems = []
     for route in config.route:
         problems += [f"  route {route.name!r}, when: {problem}" for problem in validate_when(route.when)]
-        if route.method not in METHODS:
-            problems.append(f"  route {route.name!r}: no method {route.method!r}; there are {', '.join(METHODS)}")
+        presets = PRESET_NAMES.get(route.method)
+        if presets is None:
+            problems.append(f"  route {route.name!r}: no method {route.method!r}; there are {', '.join(PRESET_NAMES)}")
+        elif route.preset not in presets:
+            problems.append(f"  route {route.name!r}: method {route.method!r} has no preset {route.preset!r}; "
+                            f"it has {', '.join(presets)}")
     if problems:
         raise ConfigError(f"{origin} is not usable:\n" + "\n".join(problems))
     return config
