@@ -17,8 +17,16 @@ from pydicom.errors import InvalidDicomError
 from dicomnode import __version__
 from dicomnode.config import Derived
 from dicomnode.errors import ConfigError, NotFound, RefusedInput
-from dicomnode.matching import (Arrival, Eligibility, arrival_of, choose_guide, completeness, eligible, geometry_of,
-                                normal_of)
+from dicomnode.matching import (
+    Arrival,
+    Eligibility,
+    arrival_of,
+    choose_guide,
+    completeness,
+    eligible,
+    geometry_of,
+    normal_of,
+)
 from sop.pet import is_own_output
 
 if TYPE_CHECKING:

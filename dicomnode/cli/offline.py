@@ -58,12 +58,12 @@ def verify(
 
     report = check_derived(offline.source_files(source, derived), offline.series_files(derived))
     if as_json:
-        print_json(offline.check_as_json(report))
+        print_json(report.to_json())
     else:
         from dicomnode.cli import tables
 
         tables.print_check(console(), report)
-    if not report.passed:
+    if not report.ok:
         raise typer.Exit(Exit.FAILED)
 
 

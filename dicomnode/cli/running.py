@@ -23,17 +23,19 @@ def serve(config: ConfigOption = DEFAULT_CONFIG) -> None:
 def receive(config: ConfigOption = DEFAULT_CONFIG) -> None:
     """Run the receiving process alone (for systemd)."""
     from dicomnode import receive as receiver
+    from dicomnode import serve as node
     from dicomnode.config import load
 
-    receiver.run(load(config))
+    node.foreground(receiver.run, load(config))
 
 
 def work(config: ConfigOption = DEFAULT_CONFIG) -> None:
     """Run the working process alone: match, deblur, deliver (for systemd)."""
+    from dicomnode import serve as node
     from dicomnode import work as worker
     from dicomnode.config import load
 
-    worker.run(load(config))
+    node.foreground(worker.run, load(config))
 
 
 def demo(

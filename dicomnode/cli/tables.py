@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from dicomnode.acceptance import Finding
+    from sop.checks.report import CheckReport
 
-__all__ = ["print_findings", "print_jobs", "print_status", "print_study"]
+__all__ = ["print_check", "print_findings", "print_jobs", "print_outcome", "print_status", "print_study"]
 
 COLOURS = {"held": "red", "failed": "red", "dead": "red", "cancelled": "yellow", "waiting": "yellow", "running": "cyan",
            "sending": "cyan", "built": "cyan", "delivered": "green", "committed": "green", "ok": "green",
@@ -75,6 +76,29 @@ def print_findings(console: Console, findings: Sequence[Finding]) -> None:
     for finding in findings:
         text = finding.text + (f" Remedy: {finding.remedy}" if finding.remedy else "")
         table.add_row(_state(finding.verdict), finding.what, escape(text))
+    console.print(table)
+
+
+def print_check(console: Console, report: CheckReport) -> None:
+    for item in report.failures:
+        console.print(f"{_state('problem')}  {item.name}: {escape(item.message)}")
+    held = len(report.items) - len(report.failures)
+    console.print(f"{_state('ok' if report.ok else 'problem')}  {held} of {len(report.items)} checks hold")
+
+
+def print_outcome(console: Console, report: Mapping[str, Any], *, guide_reason: str, folder: str) -> None:
+    """What `deblur` did: series, method, figures, and where it lies."""
+    source, guide, metrics = report["source"], report["guide"], report["metrics"]
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_row("source", f"series {source['series_uid']}, {source['slices']} slices, {source['unit']}")
+    table.add_row("guide", escape(f"CT series {guide['series_uid']}: {guide_reason}" if guide["series_uid"]
+                                  else f"none: {guide_reason}"))
+    table.add_row("method", f"{report['method']}, preset {report['preset']}, on {report['device']}")
+    for name in sorted(metrics):
+        table.add_row("", f"{name} {metrics[name]:.4g}" if isinstance(metrics[name], float) else f"{name} {metrics[name]}")
+    table.add_row("derived", f"series {report['derived_series_uid']}, {report['derived_instances']} images in {folder}")
+    table.add_row("seconds", ", ".join(f"{name} {seconds:.1f}" for name, seconds in report["seconds"].items()))
+    table.add_row("check", _state("ok"))
     console.print(table)
 
 
