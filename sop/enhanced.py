@@ -19,11 +19,10 @@ from pathlib import Path
 
 from pydicom import uid
 from pydicom.dataset import Dataset
-from pydicom.sequence import Sequence
 from pydicom.tag import Tag
 
 from sop.errors import Refused
-from sop.header import decimal_string, integer, numbers, text, without_pixels
+from sop.header import decimal_string, integer, items, numbers, text, texts, without_pixels
 from sop.series import Slice
 from sop.times import parse_datetime
 
@@ -62,8 +61,8 @@ LARGEST_DOSE_MBQ = 1e5
 def enhanced_slices(header: Dataset, path: Path | None) -> list[Slice]:
     """One Slice per frame, in frame order. Raises Refused "malformed", "units-unsupported"."""
     frames = integer(header, "NumberOfFrames", default=1)
-    shared = header.get("SharedFunctionalGroupsSequence") or [Dataset()]
-    each = header.get("PerFrameFunctionalGroupsSequence") or []
+    shared = items(header, "SharedFunctionalGroupsSequence") or [Dataset()]
+    each = items(header, "PerFrameFunctionalGroupsSequence")
     if len(each) != frames:
         reason = f"PerFrameFunctionalGroupsSequence has {len(each)} items for {frames} frames"
         raise Refused("malformed", reason, RESEND)
@@ -91,7 +90,8 @@ def _slice(common: Dataset, header: Dataset, path: Path | None, number: int, sha
         kind = text(_group("PETFrameTypeSequence", shared, groups), "FrameType")
         if kind and "SeriesType" not in single:
             single.SeriesType = _series_type(kind)
-        mapping = _mapping(groups.get("RealWorldValueMappingSequence") or shared.get("RealWorldValueMappingSequence"))
+        mappings = "RealWorldValueMappingSequence"
+        mapping = _mapping(items(groups, mappings) or items(shared, mappings))
     else:
         mapping = None
     slope, intercept = mapping[:2] if mapping else (numbers(single, "RescaleSlope", 1)[0],
@@ -109,17 +109,17 @@ def _slice(common: Dataset, header: Dataset, path: Path | None, number: int, sha
 
 def _group(name: str, shared: Dataset, groups: Dataset) -> Dataset:
     """The item of a functional group of this frame, or of all frames; empty where there is none."""
-    items = groups.get(name) or shared.get(name)
-    return items[0] if items else Dataset()
+    found = items(groups, name) or items(shared, name)
+    return found[0] if found else Dataset()
 
 
-def _mapping(items: Sequence | None) -> tuple[float, float, str, str] | None:
+def _mapping(mappings: list[Dataset]) -> tuple[float, float, str, str] | None:
     """Slope, intercept, Units, SUVType of the most useful linear mapping; None where there are no mappings."""
-    if not items:
+    if not mappings:
         return None
-    found = {}
-    for item in items:
-        unit = item.get("MeasurementUnitsCodeSequence")
+    found: dict[str, Dataset] = {}
+    for item in mappings:
+        unit = items(item, "MeasurementUnitsCodeSequence")
         code = text(unit[0], "CodeValue") if unit else ""
         if code in MAPPED_UNITS and text(item, "RealWorldValueSlope"):
             found.setdefault(code, item)
@@ -142,16 +142,16 @@ def _series_type(image_type: str) -> list[str]:
 
 def _classic_pet(common: Dataset, header: Dataset, frames: int) -> None:
     """Series-level attributes of a classic PET, in place of those of the enhanced one."""
-    image_type = header.get("ImageType") or ["ORIGINAL", "PRIMARY"]
+    image_type = texts(header, "ImageType")
     common.SOPClassUID = uid.PositronEmissionTomographyImageStorage
-    common.ImageType = ["DERIVED" if str(image_type[0]).upper() == "DERIVED" else "ORIGINAL", "PRIMARY"]
+    common.ImageType = ["DERIVED" if image_type[:1] == ("DERIVED",) else "ORIGINAL", "PRIMARY"]
     if "MIXED" not in text(header, "ImageType").upper():
         common.SeriesType = _series_type(text(header, "ImageType"))
     common.NumberOfSlices = frames
     if not text(common, "CountsSource"):
         common.CountsSource = "EMISSION"
     common.CorrectedImage = [code for keyword, code in CORRECTIONS.items() if text(header, keyword).upper() == "YES"]
-    tracers = [_classic_tracer(item) for item in header.get("RadiopharmaceuticalInformationSequence") or []]
+    tracers = [_classic_tracer(item) for item in items(header, "RadiopharmaceuticalInformationSequence")]
     common.RadiopharmaceuticalInformationSequence = tracers
     injected = {_moment(item, "RadiopharmaceuticalStartDateTime") for item in tracers}
     corrected_to = _moment(header, "DecayCorrectionDateTime")

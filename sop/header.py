@@ -8,12 +8,19 @@ from typing import Any
 
 from pydicom.dataset import Dataset
 from pydicom.multival import MultiValue
+from pydicom.sequence import Sequence
 from pydicom.tag import Tag
 
 from sop.errors import Refused
-from sop.pixels import PIXEL_KEYWORDS
 
-__all__ = ["decimal_string", "integer", "numbers", "strings", "text", "without_pixels"]
+__all__ = [
+    "PIXEL_KEYWORDS", "decimal_string", "integer", "items", "numbers", "private_text", "strings", "text", "texts",
+    "without_pixels",
+]
+
+# Pixel data and what describes other pixel data; a header holds none of them.
+PIXEL_KEYWORDS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData", "ExtendedOffsetTable",
+                  "ExtendedOffsetTableLengths", "PixelDataProviderURL")
 
 RESEND = "send the series again from the scanner or the PACS"
 
@@ -22,6 +29,35 @@ def text(header: Dataset, keyword: str) -> str:
     """The value as text, "" where absent or empty."""
     value = _value(header, keyword)
     return "" if value is None else str(value).strip()
+
+
+def texts(header: Dataset, keyword: str) -> tuple[str, ...]:
+    """All values of a multi-valued code string, in capitals; () where absent."""
+    return tuple(str(value).strip().upper() for value in _values(header, keyword))
+
+
+def items(header: Dataset, keyword: str) -> list[Dataset]:
+    """Items of a sequence, [] where absent. Raises Refused "malformed"."""
+    found = _values(header, keyword)
+    if not all(isinstance(item, Dataset) for item in found):
+        raise Refused("malformed", f"{keyword} is not a sequence", RESEND)
+    return found
+
+
+def private_text(header: Dataset, group: int, creator: str, element: int) -> str:
+    """A private value as text, found by its creator in whatever block it was put; "" where absent."""
+    try:
+        value = header.private_block(group, creator)[element].value
+    except MemoryError:
+        raise
+    except KeyError:
+        return ""
+    except Exception as error:  # see _value
+        reason = f"the private block of {creator} cannot be read ({type(error).__name__})"
+        raise Refused("malformed", reason, RESEND) from error
+    # An unknown private element comes as bytes where the syntax names no VR.
+    written = value.decode("ascii", "replace") if isinstance(value, bytes) else str(value)
+    return written.strip("\0 ")
 
 
 def strings(header: Dataset, keyword: str, count: int) -> list[str]:
@@ -76,7 +112,7 @@ def _values(header: Dataset, keyword: str) -> list[Any]:
     value = _value(header, keyword)
     if value is None:
         return []
-    return list(value) if isinstance(value, (MultiValue, list, tuple)) else [value]
+    return list(value) if isinstance(value, (MultiValue, Sequence, list, tuple)) else [value]
 
 
 def _value(header: Dataset, keyword: str) -> object:

@@ -8,7 +8,7 @@ from pydicom import uid
 from pydicom.dataset import Dataset
 
 from sop.errors import Refused
-from sop.header import numbers, text
+from sop.header import numbers, text, texts
 from sop.units import Scale
 
 __all__ = [
@@ -60,7 +60,7 @@ def refuse_not_a_volume(headers: Sequence[Dataset], *, lenient: bool) -> None:
         raise Refused("localizer", "a localizer is not a volume", "give the CT series itself")
     if not is_pet(headers[0]):
         return
-    kinds = {tuple(str(value).upper() for value in header.get("SeriesType") or ()) for header in headers}
+    kinds = {texts(header, "SeriesType") for header in headers}
     for kind in kinds:
         if "REPROJECTION" in kind[1:]:
             raise Refused("reprojection", "SeriesType REPROJECTION is a projection (MIP), not a volume",

@@ -15,7 +15,7 @@ from pydicom.dataset import Dataset
 from sop import geometry
 from sop.enhanced import enhanced_slices
 from sop.errors import Refused
-from sop.header import integer, numbers, text, without_pixels
+from sop.header import integer, items, numbers, text, without_pixels
 from sop.series import Slice
 
 __all__ = ["slices_of"]
@@ -31,7 +31,7 @@ def slices_of(header: Dataset, path: Path | None) -> list[Slice]:
 def _nm_slices(header: Dataset, path: Path | None) -> list[Slice]:
     image_type = text(header, "ImageType").upper()
     frames = integer(header, "NumberOfFrames", default=1)
-    detectors = header.get("DetectorInformationSequence") or []
+    detectors = items(header, "DetectorInformationSequence")
     if "RECON TOMO" not in image_type or "GATED" in image_type:
         raise Refused("not-supported", "an NM image other than RECON TOMO is not a volume",
                       "send the reconstructed transverse slices")
@@ -43,14 +43,13 @@ def _nm_slices(header: Dataset, path: Path | None) -> list[Slice]:
     normal = geometry.normal_of(np.array(numbers(detector, "ImageOrientationPatient", 6)))
     keyword = "SpacingBetweenSlices" if text(header, "SpacingBetweenSlices") else "SliceThickness"
     step = numbers(header, keyword, 1)[0]
-    vector = header.get("SliceVector") or range(1, frames + 1)
-    numbers_of_slices = [int(vector)] if isinstance(vector, int) else [int(value) for value in vector]
-    if len(numbers_of_slices) != frames:
-        raise Refused("malformed", f"SliceVector holds {len(numbers_of_slices)} entries for {frames} frames",
-                      "send the image again from the workstation")
+    if text(header, "SliceVector"):
+        places = [round(value) for value in numbers(header, "SliceVector", frames)]
+    else:
+        places = list(range(1, frames + 1))
     return [
         _nm_slice(header, path, frame, origin + normal * step * (number - 1), detector)
-        for frame, number in enumerate(numbers_of_slices, start=1)
+        for frame, number in enumerate(places, start=1)
     ]
 
 

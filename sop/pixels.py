@@ -9,15 +9,12 @@ from numpy.typing import NDArray
 from pydicom import dcmread
 from pydicom.dataset import Dataset
 from pydicom.errors import InvalidDicomError
-from pydicom.uid import UID
+from pydicom.uid import UID, AllTransferSyntaxes
 
 from sop.errors import Refused
+from sop.header import PIXEL_KEYWORDS, integer, text
 
-__all__ = ["PIXEL_KEYWORDS", "frames_of", "load"]
-
-# Pixel data and what describes other pixel data; a header holds none of them.
-PIXEL_KEYWORDS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData", "ExtendedOffsetTable",
-                  "ExtendedOffsetTableLengths", "PixelDataProviderURL")
+__all__ = ["frames_of", "load"]
 
 # All a decoder needs, so that the second reading of a file skips the rest.
 NEEDED = ["SOPInstanceUID", "SamplesPerPixel", "PhotometricInterpretation", "PlanarConfiguration", "NumberOfFrames",
@@ -53,9 +50,9 @@ def frames_of(data: Dataset, *, bits_allocated: int, rows: int, columns: int, fr
     Unused high bits are cleared (or the sign extended). Raises Refused "truncated", "pixel-format", "undecodable".
     """
     if "PixelData" not in data:
-        raise Refused("no-pixels", f"instance {data.get('SOPInstanceUID', '')} has no Pixel Data", RESEND)
-    if bits_allocated not in (8, 16, 32) or int(data.get("SamplesPerPixel", 1)) != 1:
-        raise Refused("pixel-format", f"{bits_allocated} bits and {data.get('SamplesPerPixel')} samples per pixel "
+        raise Refused("no-pixels", f"instance {text(data, 'SOPInstanceUID')} has no Pixel Data", RESEND)
+    if bits_allocated not in (8, 16, 32) or integer(data, "SamplesPerPixel", default=1) != 1:
+        raise Refused("pixel-format", f"{bits_allocated} bits and {text(data, 'SamplesPerPixel')} samples per pixel "
                       "cannot be quantitative values", "send the original grey-scale series")
     syntax = _syntax(data)
     if syntax.is_encapsulated:
@@ -63,14 +60,16 @@ def frames_of(data: Dataset, *, bits_allocated: int, rows: int, columns: int, fr
     else:
         stored = _native(data, syntax, bits_allocated, rows * columns * frames)
     if stored.size != frames * rows * columns:
-        raise Refused("truncated", f"instance {data.get('SOPInstanceUID', '')} holds {stored.size} pixels, its header "
+        raise Refused("truncated", f"instance {text(data, 'SOPInstanceUID')} holds {stored.size} pixels, its header "
                       f"promises {frames} x {rows} x {columns}", RESEND)
     return stored.reshape(frames, rows, columns)
 
 
 def _syntax(data: Dataset) -> UID:
     meta = getattr(data, "file_meta", None)
-    uid = meta.get("TransferSyntaxUID") if meta is not None else None
+    uid = text(meta, "TransferSyntaxUID") if meta is not None else ""
+    if uid and UID(uid) not in AllTransferSyntaxes:
+        raise Refused("pixel-format", "the transfer syntax is none that DICOM defines", RESEND)
     if uid:
         return UID(uid)
     little = data.original_encoding[1]
@@ -81,12 +80,12 @@ def _native(data: Dataset, syntax: UID, bits_allocated: int, count: int) -> NDAr
     raw = data.get_item("PixelData").value
     need = count * bits_allocated // 8
     if raw is None or len(raw) < need:
-        raise Refused("truncated", f"Pixel Data of instance {data.get('SOPInstanceUID', '')} ends after "
+        raise Refused("truncated", f"Pixel Data of instance {text(data, 'SOPInstanceUID')} ends after "
                       f"{len(raw or b'')} of {need} bytes", RESEND)
-    signed = int(data.PixelRepresentation) == 1
+    signed = integer(data, "PixelRepresentation") == 1
     order = ">" if not syntax.is_little_endian else "<"
     stored = np.frombuffer(raw, dtype=f"{order}{'i' if signed else 'u'}{bits_allocated // 8}", count=count)
-    used, high = int(data.BitsStored), int(data.HighBit)
+    used, high = integer(data, "BitsStored"), integer(data, "HighBit")
     if used == bits_allocated:
         return stored
     if not 0 < used <= high + 1 <= bits_allocated:
@@ -102,5 +101,5 @@ def _decoded(data: Dataset, syntax: UID) -> NDArray:
     except MemoryError:
         raise
     except Exception as error:  # each decoder plugin has exceptions of its own
-        reason = f"Pixel Data of instance {data.get('SOPInstanceUID', '')} ({syntax.name}) cannot be decoded"
+        reason = f"Pixel Data of instance {text(data, 'SOPInstanceUID')} ({syntax.name}) cannot be decoded"
         raise Refused("undecodable", f"{reason} ({type(error).__name__})", RESEND) from error

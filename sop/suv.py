@@ -28,7 +28,7 @@ from datetime import datetime, timedelta
 from pydicom.dataset import Dataset
 
 from sop.errors import Refused
-from sop.header import numbers, text
+from sop.header import items, numbers, private_text, text, texts
 from sop.kinds import vendor
 from sop.series import SeriesInfo
 from sop.times import parse_date, parse_datetime, parse_time
@@ -162,7 +162,7 @@ def _bw(headers: Sequence[Dataset], unit: str) -> tuple[float, str]:
                     "SeriesTime", "CorrectedImage", "TimezoneOffsetFromUTC", "SUVType"):
         if len({text(header, keyword) for header in headers}) > 1:
             raise _refused("series-attributes-differ", f"{keyword} differs within the series")
-    corrections = {str(value).strip().upper() for value in first.get("CorrectedImage") or ()}
+    corrections = set(texts(first, "CorrectedImage"))
     if "ATTN" not in corrections:
         raise _refused("not-attenuation-corrected", "CorrectedImage does not hold ATTN")
     if unit == "g/ml{SUVbw}" and text(first, "Units").upper() != "CNTS":
@@ -196,11 +196,11 @@ def _decayed(headers: Sequence[Dataset]) -> tuple[float, str]:
     """Dose at the time the values stand for, Bq. Raises Refused."""
     first = headers[0]
     tracers = {_tracer_key(header) for header in headers}
-    items = first.get("RadiopharmaceuticalInformationSequence") or []
-    if len(tracers) > 1 or len(items) != 1:
+    isotopes = items(first, "RadiopharmaceuticalInformationSequence")
+    if len(tracers) > 1 or len(isotopes) != 1:
         raise _refused("radiopharmaceutical", "one item of RadiopharmaceuticalInformationSequence is needed, the same "
-                       f"in all slices; there are {max(len(tracers), len(items))}")
-    tracer = items[0]
+                       f"in all slices; there are {max(len(tracers), len(isotopes))}")
+    tracer = isotopes[0]
     dose = _positive(tracer, "RadionuclideTotalDose", "dose-missing", most=1e12)
     decay = text(first, "DecayCorrection").upper()
     if decay == "ADMIN":
@@ -220,8 +220,8 @@ def _decayed(headers: Sequence[Dataset]) -> tuple[float, str]:
 def _tracer_key(header: Dataset) -> tuple[str, ...]:
     keywords = ("RadionuclideTotalDose", "RadionuclideHalfLife", "RadiopharmaceuticalStartTime",
                 "RadiopharmaceuticalStartDateTime")
-    items = header.get("RadiopharmaceuticalInformationSequence") or []
-    return tuple(text(item, keyword) for item in items for keyword in keywords)
+    isotopes = items(header, "RadiopharmaceuticalInformationSequence")
+    return tuple(text(item, keyword) for item in isotopes for keyword in keywords)
 
 
 def _positive(dataset: Dataset, keyword: str, code: str, *, most: float) -> float:
@@ -268,11 +268,7 @@ def _reference_time(headers: Sequence[Dataset], half_life_s: float) -> tuple[dat
 
 def _ge_scan_time(header: Dataset) -> datetime | None:
     try:
-        value = header.private_block(0x0009, GE_CREATOR)[GE_SCAN_DATETIME].value
-    except KeyError:
-        return None
-    try:
-        return parse_datetime(value.decode("ascii", "replace") if isinstance(value, bytes) else str(value))
+        return parse_datetime(private_text(header, 0x0009, GE_CREATOR, GE_SCAN_DATETIME))
     except ValueError:
         return None
 

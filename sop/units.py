@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pydicom.dataset import Dataset
 
 from sop.errors import Refused
+from sop.header import private_text, text
 
 __all__ = ["UCUM", "Scale", "philips_factor", "pet_scale"]
 
@@ -49,16 +50,9 @@ class Scale:
 
 
 def philips_factor(header: Dataset, element: int) -> float | None:
-    """A factor of the Philips private block, found by its creator in whatever block it was put; None if unusable."""
+    """A factor of the Philips private block; None if absent or unusable."""
     try:
-        block = header.private_block(0x7053, PHILIPS_CREATOR)
-        value = block[element].value
-    except KeyError:
-        return None
-    # An unknown private element comes as bytes where the syntax names no VR.
-    text = value.decode("ascii", "replace") if isinstance(value, bytes) else str(value)
-    try:
-        factor = float(text.strip("\0 "))
+        factor = float(private_text(header, 0x7053, PHILIPS_CREATOR, element))
     except ValueError:
         return None
     return factor if math.isfinite(factor) and factor > 0 else None
@@ -72,7 +66,7 @@ def pet_scale(headers: Iterable[Dataset], *, assume_units: str | None = None) ->
     Raises Refused "units-missing", "units-differ", "units-unsupported".
     """
     headers = list(headers)
-    stated = {str(header.get("Units") or "").strip().upper() for header in headers}
+    stated = {text(header, "Units").upper() for header in headers}
     if len(stated) > 1:
         raise Refused("units-differ", f"slices state different Units: {', '.join(sorted(stated))}",
                       "send one reconstruction per series")
@@ -88,7 +82,7 @@ def pet_scale(headers: Iterable[Dataset], *, assume_units: str | None = None) ->
             if len(usable) == len(headers):
                 return Scale(unit, units, usable)
     if units == "GML":
-        kind = str(headers[0].get("SUVType") or "").strip().upper()
+        kind = text(headers[0], "SUVType").upper()
         if kind not in SUV_UCUM:
             raise Refused("units-unsupported", f"SUVType {kind!r} is not one of {', '.join(filter(None, SUV_UCUM))}",
                           "send the series in BQML")
