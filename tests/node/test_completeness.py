@@ -75,6 +75,13 @@ def test_gap_waits_and_names_the_place():
     assert "27.00 and 33.00" in found.reason
 
 
+def test_several_gaps_are_counted():
+    """The reason names the first hole and how many more there are."""
+    arrivals = stack(20)
+    del arrivals[15], arrivals[10]
+    assert "and at 1 other places" in judge(arrivals, pet_header()).reason
+
+
 def test_every_second_slice_missing_is_not_complete():
     """Uniform gaps are no proof: twice the stated spacing means slices are missing."""
     assert state(stack(20, spacing=6.0), pet_header()) == ("waiting", "sparse")
@@ -123,6 +130,12 @@ def test_irregular_spacing_is_held_at_once():
     heights = [3.0 * index for index in range(20)]
     heights[10:] = [height + 0.6 for height in heights[10:]]
     assert state(arrivals_at(*heights), pet_header(NumberOfSlices=20)) == ("held", "irregular")
+    assert "slice spacing" in judge(arrivals_at(*heights), pet_header(NumberOfSlices=20)).remedy
+
+
+def test_held_series_that_lacks_slices_asks_for_them():
+    """The remedy fits the fault: here, what is missing."""
+    assert "what is missing" in judge(stack(38), pet_header(NumberOfSlices=40), now=GIVEN_UP).remedy
 
 
 def test_repeated_instance_counts_once():
@@ -168,6 +181,21 @@ def test_gated_series_needs_all_its_gates():
     header = pet_header(SeriesType=["GATED", "IMAGE"], NumberOfSlices=10, NumberOfTimeSlots=3, NumberOfRRIntervals=2)
     assert state(frames(6), header) == ("complete", "complete")
     assert state(frames(3), header) == ("waiting", "frames-missing")
+
+
+def test_frames_without_a_stated_number_must_be_even():
+    """No NumberOfTimeSlices, no NumberOfTimeSlots: each position as often as every other is all that can be asked."""
+    for series_type in ("DYNAMIC", "GATED"):
+        header = pet_header(SeriesType=[series_type, "IMAGE"], NumberOfSlices=10)
+        assert state(frames(4), header) == ("complete", "complete")
+        assert state(frames(4)[:-1], header) == ("waiting", "frames-missing")
+
+
+def test_gates_without_intervals_are_the_time_slots():
+    """NumberOfRRIntervals is absent where the gating is not cardiac: one interval."""
+    header = pet_header(SeriesType=["GATED", "IMAGE"], NumberOfSlices=10, NumberOfTimeSlots=3)
+    assert state(frames(3), header) == ("complete", "complete")
+    assert state(frames(2), header) == ("waiting", "frames-missing")
 
 
 def test_static_series_ignores_number_of_time_slices():

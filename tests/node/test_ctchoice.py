@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dicomnode.matching import GuideChoice, SeriesGeometry, choose_guide, geometry_of, guide_wait
+from dicomnode.matching import GuideChoice, SeriesGeometry, choose_guide, geometry_of, guide_wait, normal_of
 from tests.node.matching_factories import arrivals_at, ct_header, enhanced_pet_header, pet_header, stack
 
 PET = SeriesGeometry("1.2.3", "1.2.3.1", "1.2.3.9", 0.0, 900.0, 3.0, 300)
@@ -173,6 +173,32 @@ def test_pet_without_frame_of_reference_gets_no_ct():
     """Two empty FrameOfReferenceUIDs are not the same frame of reference."""
     lost = replace(PET, frame_of_reference_uid="")
     assert choose_guide(lost, [ct("1", frame_of_reference_uid="")]).series_uid is None
+
+
+def test_two_slices_are_a_volume():
+    """The least that has a spacing."""
+    assert choose_guide(PET, [ct("1", slices=2)]).series_uid == "1"
+
+
+@pytest.mark.parametrize(
+    ("orientation", "normal"),
+    [
+        ((0.0, 1.0, 0.0, 0.0, 0.0, -1.0), (-1.0, 0.0, 0.0)),  # sagittal
+        ((1.0, 0.0, 0.0, 0.0, 0.0, -1.0), (0.0, 1.0, 0.0)),  # coronal
+        ((-1.0, 0.0, 0.0, 0.0, 1.0, 0.0), (0.0, 0.0, -1.0)),  # axial, mirrored
+        ((0.0, 1.001, 0.0, 0.0, 0.0, 1.001), (1.0, 0.0, 0.0)),  # rounded cosines
+        ((1.001, 0.0, 0.0, 0.0, 0.0, 1.001), (0.0, -1.0, 0.0)),
+    ],
+)
+def test_normal_is_row_times_column(orientation, normal):
+    """The slice normal is a unit vector, right-handed with the row and column directions."""
+    assert normal_of(orientation) == pytest.approx(normal, abs=1e-12)
+
+
+@pytest.mark.parametrize("orientation", [None, (1.0, 0.0, 0.0), (1.0, 0.0, 0.0, 1.0, 0.0, 0.0), (float("nan"),) * 6])
+def test_no_plane_no_normal(orientation):
+    """Missing, short, parallel or not-a-number cosines span no plane."""
+    assert normal_of(orientation) is None
 
 
 def test_no_candidates():

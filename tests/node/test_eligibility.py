@@ -24,6 +24,12 @@ def test_corrected_volume_is_deblurred(series_type):
     assert verdict(pet_header(SeriesType=[series_type, "IMAGE"])) == ("pet", "pet")
 
 
+def test_grey_image_is_no_picture():
+    """One sample per pixel, either way round: a volume."""
+    for photometric in ("MONOCHROME1", "MONOCHROME2"):
+        assert verdict(pet_header(SamplesPerPixel=1, PhotometricInterpretation=photometric))[0] == "pet"
+
+
 def test_own_output_is_never_processed_again():
     """A derived series that auto-routing sends back is ignored, whatever its header looks like."""
     assert eligible(pet_header(), own_output=True).code == "own-output"
@@ -71,6 +77,8 @@ def test_empty_attribute_counts_as_missing(keyword):
         ({"ImageType": ["DERIVED", "SECONDARY", "FUSED"]}, "picture"),
         ({"ImageType": ["DERIVED", "SECONDARY", "SCREEN SAVE"]}, "picture"),
         ({"SamplesPerPixel": 3, "PhotometricInterpretation": "RGB"}, "picture"),
+        ({"SamplesPerPixel": 3}, "picture"),
+        ({"SamplesPerPixel": 1, "PhotometricInterpretation": "PALETTE COLOR"}, "picture"),
         ({"BurnedInAnnotation": "YES"}, "picture"),
         ({"CountsSource": "TRANSMISSION"}, "transmission"),
         ({"ImageType": ["DERIVED", "PRIMARY"]}, "derived"),
