@@ -78,7 +78,8 @@ def job_identity(*, inputs: Sequence[str], guide_inputs: Sequence[str], method: 
     """
     recipe = {"inputs": sorted(inputs), "guide": sorted(guide_inputs), "method": method, "settings": asdict(settings),
               "software_version": software_version}
-    return hashlib.sha256(json.dumps(recipe, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    text = json.dumps(recipe, sort_keys=True, separators=(",", ":"), default=lambda array: array.tolist())
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 class Matcher:

@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
-from sop.check import check_derived
 
 import deconv
 from deconv import Deconvolution, OnStep, Progress, Volume
 from deconv.metrics import kernel_fwhm_mm
 from deconv.safeguards import Gate, gates
 from dicomnode.process import tie_to_parent
+from sop.check import check_derived
 from sop.errors import Refused
 from sop.pet import Derivation, DerivedSeries, write_derived
 from sop.read import read_series
@@ -242,7 +242,8 @@ class _Reporter:
 
 def _leave_at_end_of_input() -> None:
     """The parent holds our standard input open; when it closes, nobody waits for us any more."""
-    sys.stdin.buffer.read()
+    while os.read(0, 4096):  # not sys.stdin: its lock would be held while the interpreter ends
+        pass
     os._exit(1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -25,6 +26,8 @@ log = get_logger(__name__)
 def build(*, match: Callable[[], object], deliver: Callable[[], object], tidy: Callable[[], object],
           match_s: float = MATCH_S, deliver_s: float = DELIVER_S, tidy_s: float = TIDY_S) -> BackgroundScheduler:
     """A scheduler, not started yet. A tick that is late runs once, not once for every tick missed (clock jumps)."""
+    # A match that loads a method for the first time outlasts a few ticks; that is no news.
+    logging.getLogger("apscheduler").setLevel(logging.ERROR)
     scheduler = BackgroundScheduler(
         timezone=UTC, executors={"default": ThreadPoolExecutor(3)},
         job_defaults={"coalesce": True, "max_instances": 1, "misfire_grace_time": None},

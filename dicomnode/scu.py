@@ -156,7 +156,9 @@ def _associate(peer: Peer, contexts: list[PresentationContext], calling_ae: str,
         raise PeerUnreachable(f"{_named(peer)} rejects the association: {answer.reason_str} ({answer.result_str}). "
                               f"Remedy: make our AE title {calling_ae} and address known there.")
     if association.acceptor.primitive is not None:
-        raise PeerUnreachable(f"{_named(peer)} aborted the association while it was being set up")
+        shown = ", ".join(sorted({UID(str(context.abstract_syntax)).name for context in contexts}))
+        raise PeerUnreachable(f"{_named(peer)} accepts no presentation context for {shown}. "
+                              "Remedy: let it accept the storage SOP class.")
     raise PeerUnreachable(f"{_named(peer)} does not answer. Remedy: check host, port and firewall; is it running?")
 
 
