@@ -20,7 +20,6 @@ class Limits:
     slice_activity_sharp   the same without a kernel, where deblurring itself moves activity between slices.
     maximum                derived maximum / source maximum.
     shift_voxels           displacement of the content, in source voxels, at the centre and at the edges of the field.
-    shift_errors           standard errors by which a displacement must exceed the limit before it counts.
     correlation            of the smoothed derived content with the smoothed source, at least.
     residual               norm of D(x * k) - y over the norm of y.
     suv                    |SUV factor derived / source - 1|.
@@ -34,7 +33,6 @@ class Limits:
     quiet_slice: float = 0.05
     maximum: float = 3.0
     shift_voxels: float = 0.125
-    shift_errors: float = 3.0
     correlation: float = 0.8
     residual: float = 0.25
     suv: float = 1e-6

@@ -80,17 +80,28 @@ def numbers(header: Dataset, keyword: str, count: int) -> NDArray[np.float64]:
     return np.array(values if len(values) == count else [np.nan] * count)
 
 
-def canonical(ds: Dataset) -> dict[int, Any]:
-    """Tag -> bytes without padding, for a sequence a tuple of mappings: comparable between transfer syntaxes."""
+def canonical(ds: Dataset, parsed: dict[tuple, Any] | None = None) -> dict[int, Any]:
+    """Tag -> bytes without padding, for a sequence a tuple of mappings: comparable between transfer syntaxes.
+
+    parsed   sequences met before, by their bytes: most are the same in all instances of a series.
+    """
     elements: dict[int, Any] = {}
+    parsed = {} if parsed is None else parsed
     for tag in sorted(ds.keys()):
         if tag.element == 0 or tag == _PIXEL_DATA:
             continue
         raw = ds.get_item(tag)
         if isinstance(raw, RawDataElement) and raw.is_little_endian and not _may_be_sequence(int(tag), raw.VR):
             elements[int(tag)] = (raw.value or b"").rstrip(b" \0")
+            continue
+        key = (int(tag), raw.value, raw.is_implicit_VR) if isinstance(raw, RawDataElement) else None
+        if key is None or key not in parsed:
+            value = _decoded(cast(DataElement, ds[tag]))
+            if key is not None:
+                parsed[key] = value
+            elements[int(tag)] = value
         else:
-            elements[int(tag)] = _decoded(cast(DataElement, ds[tag]))
+            elements[int(tag)] = parsed[key]
     return elements
 
 
@@ -118,11 +129,6 @@ def _normal(header: Dataset) -> NDArray[np.float64]:
     return np.cross(cosines[:3], cosines[3:])
 
 
-def _instance(path: Path, data: FileDataset) -> Instance:
-    position = numbers(data, "ImagePositionPatient", 3)
-    return Instance(path, data, canonical(data), position, float(position @ _normal(data)))
-
-
 def _stored(data: FileDataset) -> NDArray:
     rows, columns = int(data.Rows), int(data.Columns)
     if int(data.BitsAllocated) == int(data.BitsStored) == 16 and str(data.file_meta.TransferSyntaxUID) in _NATIVE:
@@ -132,9 +138,10 @@ def _stored(data: FileDataset) -> NDArray:
     return np.asarray(data.pixel_array).reshape(rows, columns)
 
 
-def _open_classic(path: Path, *, pooled: bool) -> Instance:
+def _open_classic(path: Path, parsed: dict[tuple, Any], *, pooled: bool) -> Instance:
     data = dcmread(path)
-    found = _instance(path, data)
+    position = numbers(data, "ImagePositionPatient", 3)
+    found = Instance(path, data, canonical(data, parsed), position, float(position @ _normal(data)))
     try:
         stored = _stored(data)
         slope = float(numbers(data, "RescaleSlope", 1)[0])
@@ -154,8 +161,9 @@ def _open_classic(path: Path, *, pooled: bool) -> Instance:
 
 
 def _open_all(paths: Sequence[Path], *, pooled: bool) -> list[Instance]:
+    parsed: dict[tuple, Any] = {}
     with ThreadPoolExecutor(max_workers=_THREADS) as pool:
-        return list(pool.map(lambda path: _open_classic(Path(path), pooled=pooled), paths))
+        return list(pool.map(lambda path: _open_classic(Path(path), parsed, pooled=pooled), paths))
 
 
 def open_derived(paths: Sequence[Path]) -> list[Instance]:
