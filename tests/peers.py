@@ -14,12 +14,17 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from pydicom.dataset import Dataset
+from pydicom.filebase import DicomBytesIO
+from pydicom.filewriter import write_dataset
+from pydicom.uid import UID
 from pynetdicom import AE, AllStoragePresentationContexts, build_context, evt
 from pynetdicom.association import Association
+from pynetdicom.dimse_primitives import C_STORE
 from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]
 
 from dicomnode.config import Config, parse
@@ -153,6 +158,34 @@ def associate(port: int, contexts: Sequence[tuple[str, Sequence[str]]], *, calli
     return ae.associate("127.0.0.1", port, requested, ae_title=called, bind_address=(source, 0))
 
 
+def encoded(dataset: Dataset) -> bytes:
+    """The data set as it travels, in the transfer syntax of its file meta information."""
+    buffer = DicomBytesIO()
+    syntax = dataset.file_meta.TransferSyntaxUID
+    buffer.is_implicit_VR, buffer.is_little_endian = syntax.is_implicit_VR, syntax.is_little_endian
+    write_dataset(buffer, dataset)
+    return bytes(buffer.getvalue())
+
+
+def store_encoded(assoc: Association, sop_class_uid: str, sop_instance_uid: str, data_set: bytes) -> Any:
+    """C-STORE of these very bytes, fit or unfit; the response (Status, ErrorComment), None where none came."""
+    context = next(cx for cx in assoc.accepted_contexts if cx.abstract_syntax == sop_class_uid)
+    request = C_STORE()
+    request.MessageID, request.Priority = 1, 2
+    request.AffectedSOPClassUID = sop_class_uid
+    request._affected_sop_instance_uid = UID(sop_instance_uid)  # past the check: also what is not a UID
+    request.DataSet = BytesIO(data_set)
+    assoc._reactor_checkpoint.clear()
+    while not assoc._is_paused:
+        time.sleep(0.0001)
+    try:
+        assoc.dimse.send_msg(request, context.context_id)
+        _, response = assoc.dimse.get_msg(block=True)
+        return response
+    finally:
+        assoc._reactor_checkpoint.set()
+
+
 class StoragePeer:
     """A Storage SCP in this process: answers C-ECHO and C-STORE, keeps what comes.
 
@@ -231,7 +264,7 @@ class Orthanc:
         executable = shutil.which("Orthanc", path="/usr/sbin:/usr/bin:/usr/local/bin:/usr/local/sbin")
         assert executable is not None, "Orthanc is not installed: apt-get install orthanc"
         with (self.folder / "orthanc.log").open("ab") as log:
-            self.process = subprocess.Popen([executable, str(configuration)], stdout=log, stderr=log)
+            self.process = subprocess.Popen([executable, str(configuration)], stdout=log, stderr=log, env=DCMTK_ENV)
         wait_until("Orthanc to start", self._answers, timeout_s=60)
 
     def stop(self) -> None:

@@ -6,34 +6,12 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-DCMTK_ENV = {**os.environ, "TCP_NODELAY": "1"}
-
-
-def free_port() -> int:
-    """A port nobody listens on at this moment."""
-    with closing(socket.socket()) as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
-
-
-def wait_for(what: str, condition: Callable[[], Any], *, timeout_s: float = 60, poll_s: float = 0.2) -> Any:
-    """The first true value of `condition`; fails the test, naming `what`, when none comes in time."""
-    until = time.monotonic() + timeout_s
-    while True:
-        value = condition()
-        if value:
-            return value
-        assert time.monotonic() < until, f"waited {timeout_s} s in vain for: {what}"
-        time.sleep(poll_s)
+from tests.peers import free_port, wait_until
 
 
 class RunningNode:
@@ -42,16 +20,16 @@ class RunningNode:
     ae_title = "NBDNODE"
 
     def __init__(self, folder: Path, *, peers: dict[str, tuple[str, int | None]], route: str,
-                 quiet_s: float = 1.5, extra: str = "") -> None:
+                 quiet_s: float = 1.5, ct_wait_s: float = 5, give_up_h: float = 24) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.port = folder, free_port()
         self.config = folder / "dicomnode.toml"
         tables = [f'[node]\nae_title = "{self.ae_title}"\nhost = "127.0.0.1"\nport = {self.port}\n'
-                  f'data_dir = "{folder / "data"}"\n[completeness]\nquiet_s = {quiet_s}\n']
+                  f'data_dir = "{folder / "data"}"\n[completeness]\nquiet_s = {quiet_s}\nct_wait_s = {ct_wait_s}\ngive_up_h = {give_up_h}\n[reception]\nlow_disk_mb = 64\n']
         for name, (ae_title, port) in peers.items():
             tables.append(f'[[peer]]\nname = "{name}"\nae_title = "{ae_title}"\nhost = "127.0.0.1"\n'
                           + (f"port = {port}\n" if port else ""))
-        self.config.write_text("\n".join([*tables, extra, route]), encoding="utf-8")
+        self.config.write_text("\n".join([*tables, route]), encoding="utf-8")
         self.process: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> RunningNode:
@@ -97,13 +75,13 @@ class RunningNode:
     def job(self, series_uid: str) -> dict[str, Any] | None:
         return next((row for row in self.jobs() if row["series"] == series_uid), None)
 
-    def wait_until(self, series_uid: str, *states: str, timeout_s: float = 120) -> dict[str, Any]:
+    def wait_for(self, series_uid: str, *states: str, timeout_s: float = 120) -> dict[str, Any]:
         """The job row of a series once its state is one of `states`."""
         def reached() -> dict[str, Any] | None:
             row = self.job(series_uid)
             return row if row and row["state"] in states else None
         try:
-            return wait_for(f"series {series_uid} {' or '.join(states)}", reached, timeout_s=timeout_s, poll_s=0.5)
+            return wait_until(f"series {series_uid} {' or '.join(states)}", reached, timeout_s=timeout_s)
         except AssertionError as error:
             raise AssertionError(f"{error}; it is {self.job(series_uid)}; log:\n{self.log()[-4000:]}") from None
 
@@ -129,14 +107,6 @@ def _command(pid: int) -> str:
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
     except OSError:
         return ""
-
-
-def storescu(port: int, files: list[Path], *, calling: str, called: str = RunningNode.ae_title,
-             timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
-    """DCMTK's storescu, one association. Never the virtual environment's program of the same name."""
-    return subprocess.run(
-        ["/usr/bin/storescu", "-v", "-R", "-aet", calling, "-aec", called, "127.0.0.1", str(port), *map(str, files)],
-        capture_output=True, text=True, env=DCMTK_ENV, timeout=timeout_s)
 
 
 def shuffled_shares(files: list[Path], shares: int, *, seed: int) -> list[list[Path]]:
