@@ -7,7 +7,7 @@ from torch import Tensor
 
 from deconv.operators import along, gaussian_window
 
-__all__ = ["fidelity", "kernel_excess", "relative_squares", "ssim"]
+__all__ = ["fidelity", "kernel_excess", "relative_squares", "ssim", "ssim_map"]
 
 
 def fidelity(residual: Tensor) -> Tensor:
@@ -16,7 +16,12 @@ def fidelity(residual: Tensor) -> Tensor:
 
 
 def ssim(a: Tensor, b: Tensor, *, data_range: float = 1.0, sigma_voxels: float = 1.5, size: int = 11) -> Tensor:
-    """Structural similarity (Wang et al. 2004), mean over the volume, with a 3-D Gaussian window. -> scalar
+    """Structural similarity, mean over the volume. -> scalar"""
+    return ssim_map(a, b, data_range=data_range, sigma_voxels=sigma_voxels, size=size).mean()
+
+
+def ssim_map(a: Tensor, b: Tensor, *, data_range: float = 1.0, sigma_voxels: float = 1.5, size: int = 11) -> Tensor:
+    """Structural similarity (Wang et al. 2004) of every voxel's Gaussian neighbourhood. -> (D, H, W)
 
     The window is cut at the borders and its weights rescaled: nothing outside the volume is invented. It runs as one
     small matrix per axis, the five windowed moments together.
@@ -30,7 +35,7 @@ def ssim(a: Tensor, b: Tensor, *, data_range: float = 1.0, sigma_voxels: float =
     covariance = product - mean_a * mean_b
     variances = square_a - mean_a.square() + square_b - mean_b.square()
     similarity = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
-    return (similarity / ((mean_a.square() + mean_b.square() + c1) * (variances + c2))).mean()
+    return similarity / ((mean_a.square() + mean_b.square() + c1) * (variances + c2))
 
 
 def kernel_excess(k: Tensor, threshold: float) -> Tensor:
