@@ -145,21 +145,21 @@ def _map(
     size = int(wanted.sum()) if batch is None else batch
     alive = np.zeros((-(-int(wanted.sum()) // size), len(angles)), dtype=bool)
     out = np.zeros(levels.shape)
-    slabs = [(start, min(start + thick, depth)) for start in range(0, depth, thick)]
-    for last in (False, True):
-        for start, stop in slabs:
+    assumed = np.ones_like(alive)  # right unless an angle turns out to be empty: then the slabs are gone through again
+    while True:
+        for start in range(0, depth, thick):
+            stop = min(start + thick, depth)
             low, high = max(0, start - radius), min(depth, stop + radius)
             single = np.empty((len(angles), stop - start, height, width))
             _single_angles(levels[low:high], start - low, angles, radius, full, single)
             inside = wanted[start:stop]
             groups = order[start:stop][inside] // size
             rows = np.ascontiguousarray(single[:, inside].T)
-            if not last:
-                _note_alive(rows, groups, alive)
-            if last or len(slabs) == 1:
-                out[start:stop][inside] = _means(rows, groups, alive)
-        if len(slabs) == 1 or alive.all():
+            _note_alive(rows, groups, alive)
+            out[start:stop][inside] = _means(rows, groups, assumed)
+        if np.array_equal(alive, assumed):
             break
+        assumed = alive.copy()
     return out
 
 
