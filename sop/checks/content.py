@@ -111,6 +111,8 @@ def _activity_items(y: NDArray[np.float32], pooled: NDArray[np.float32], seen: N
     before, after = (volume.sum(axis=(1, 2), dtype=np.float64) for volume in (y, seen))
     total, kept = float(before.sum()), float(pooled.sum(dtype=np.float64))
     usual = np.maximum(np.abs(before), limits.quiet_slice * np.abs(before).mean())
+    if not blurred:  # deblurring gives back what a slice had lost to its neighbours
+        usual = ndimage.maximum_filter1d(usual, 3, mode="nearest")
     worst = float((np.abs(after - before) / np.where(usual > 0, usual, 1)).max())
     limit = limits.slice_activity if blurred else limits.slice_activity_sharp
     what = "on the re-blurred image" if blurred else "without re-blurring"
@@ -124,12 +126,14 @@ def _place_items(y: NDArray[np.float32], seen: NDArray[np.float32], limits: Limi
     with ThreadPoolExecutor(max_workers=2) as pool:
         smoothed = pool.map(lambda volume: ndimage.gaussian_filter(volume, _SMOOTH_VOXELS, mode="nearest"), (y, seen))
     smooth_y, smooth_seen = smoothed
-    correlation = 1.0
-    if smooth_y.std() > 0 or smooth_seen.std() > 0:
-        norm = float(np.linalg.norm(smooth_y) * np.linalg.norm(smooth_seen))
-        correlation = float(np.vdot(smooth_y, smooth_seen)) / norm if norm else 0.0
-    items = [CheckItem("content-likeness", correlation >= limits.correlation, correlation, limits.correlation,
-                       f"likeness of the smoothed contents: {correlation:.4f}, at least {limits.correlation}")]
+    likeness = _correlation(smooth_y, smooth_seen)
+    mirrored = max(_correlation(np.flip(smooth_y, axis), smooth_seen) for axis in range(3))
+    items = [
+        CheckItem("content-likeness", likeness >= limits.correlation, likeness, limits.correlation,
+                  f"likeness of the smoothed contents: {likeness:.4f}, at least {limits.correlation}"),
+        CheckItem("content-orientation", likeness >= mirrored - 1e-3, likeness - mirrored, -1e-3,
+                  f"likeness to the source {likeness:.4f}, to a mirror image of it {mirrored:.4f}"),
+    ]
     shift, stretch, shift_error, stretch_error = displacement(smooth_y, smooth_seen)
     for axis, (name, values, errors) in itertools.product(
         range(3), (("content-shift", shift, shift_error), ("content-stretch", stretch, stretch_error))
@@ -143,6 +147,19 @@ def _place_items(y: NDArray[np.float32], seen: NDArray[np.float32], limits: Limi
             f"{measured}, limit {limits.shift_voxels}{'' if told else '; the image cannot tell, so it is not judged'}",
         ))
     return items
+
+
+def _correlation(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
+    """Pearson's; 1 where both are constant."""
+    n = float(a.size)
+    mean_a, mean_b = (float(v.sum(dtype=np.float64)) / n for v in (a, b))
+    spread_a, spread_b = (float(np.einsum("ijk,ijk->", v, v, dtype=np.float64)) - n * mean**2
+                          for v, mean in ((a, mean_a), (b, mean_b)))
+    tiny_a, tiny_b = (spread <= 1e-9 * n * mean**2 for spread, mean in ((spread_a, mean_a), (spread_b, mean_b)))
+    if tiny_a or tiny_b:
+        return float(tiny_a and tiny_b)
+    together = float(np.einsum("ijk,ijk->", a, b, dtype=np.float64)) - n * mean_a * mean_b
+    return together / math.sqrt(spread_a * spread_b)
 
 
 def displacement(y: NDArray[np.float32], seen: NDArray[np.float32]) -> tuple[NDArray, NDArray, NDArray, NDArray]:

@@ -17,7 +17,8 @@ class Limits:
     activity               |sum derived / sum source - 1|, whole image.
     slice_activity         the same per source slice on the re-blurred image, relative to the slice's activity or to
                            `quiet_slice` of the mean slice's, whichever is more.
-    slice_activity_sharp   the same without a kernel, where deblurring itself moves activity between slices.
+    slice_activity_sharp   the same without a kernel, where deblurring itself moves activity between slices; relative
+                           to the slice or the more active of its neighbours.
     maximum                derived maximum / source maximum.
     shift_voxels           displacement of the content, in source voxels, at the centre and at the edges of the field.
     correlation            of the smoothed derived content with the smoothed source, at least.
