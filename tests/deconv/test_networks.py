@@ -75,7 +75,7 @@ def test_the_early_tail_is_exact_with_its_gradients():
     (x_late, late), (x_early, early_grads) = results
     assert torch.allclose(x_late, x_early, atol=1e-6)
     for a, b in zip(late, early_grads, strict=True):
-        assert torch.allclose(a, b, rtol=1e-4, atol=1e-4 * float(a.abs().max()) + 1e-12)  # biases before a norm have none
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-4 * float(a.abs().max()) + 1e-12)  # biases before a norm: 0
 
 
 def test_a_kernel_is_positive_and_sums_to_one():
