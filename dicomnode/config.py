@@ -12,10 +12,13 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from dicomnode.errors import ConfigError
 
-__all__ = ["Completeness", "Config", "Delivery", "Derived", "Node", "Peer", "Reception", "Route", "Work", "load", "parse"]
+__all__ = [
+    "Completeness", "Config", "Delivery", "Derived", "Node", "Peer", "Reception", "Route", "Work", "load", "parse",
+]
 
 # PS3.5 Table 6.2-1: AE is at most 16 characters of the default repertoire, no backslash or control characters.
-AETitle = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=16, pattern=r"^[ -\[\]-~]+$")]
+AETitle = Annotated[
+    str, StringConstraints(strip_whitespace=True, min_length=1, max_length=16, pattern=r"^[ -\[\]-~]+$")]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[\w. -]+$")]
 Port = Annotated[int, Field(ge=1, le=65535)]
 Seconds = Annotated[float, Field(ge=0)]
@@ -42,7 +45,7 @@ class Node(_Section):
     @classmethod
     def _root(cls, value: str) -> str:
         if not re.fullmatch(r"[0-2](\.(0|[1-9]\d*))+", value) or len(value) > 24:
-            raise ValueError("must be a UID root of digits and dots, at most 24 characters, e.g. 1.2.826.0.1.3680043.10.999")
+            raise ValueError("must be a UID root of digits and dots, at most 24 characters, e.g. 1.2.826.0.1.3680043")
         return value
 
 

@@ -25,7 +25,7 @@ __all__ = ["IMPLEMENTATION_CLASS_UID", "IMPLEMENTATION_VERSION_NAME", "Intake", 
 
 IMPLEMENTATION_CLASS_UID = "2.25.215411363834866273420263215271632134873"
 IMPLEMENTATION_VERSION_NAME = "DICOMNODE_01"
-_HEAD = 256 * 1024  # bytes kept in memory for the index; what needs more is read back from the file
+_HEAD = 64 * 1024  # bytes kept in memory for the index; what needs more is read back from the file
 _INDEX_LIMIT = 64 * 2**20  # bytes of a data set in which the index must be found
 
 
@@ -91,7 +91,7 @@ class Intake(io.BytesIO):
         meta = file_meta(self.request)
         self.file_size = os.write(self._file, meta)
 
-    def _append(self, data: bytes) -> None:
+    def _append(self, data: bytes | memoryview) -> None:
         if self.size + len(data) > self._limits.object_bytes:
             raise TooLarge(f"the object is larger than {self._limits.object_bytes // 2**20} MiB. "
                            "Remedy: raise reception.max_object_mb.")
@@ -102,8 +102,8 @@ class Intake(io.BytesIO):
         self.file_size += len(data)
         self._hash.update(data)
         if self._head_size < _HEAD:
-            self._head.append(data)
-            self._head_size += len(data)
+            self._head.append(bytes(data[:_HEAD - self._head_size]))
+            self._head_size += len(self._head[-1])
 
     def sync(self) -> None:
         """Data on disk, file closed; its name is still the temporary one. Raises NodeError, OSError."""

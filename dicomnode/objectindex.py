@@ -86,7 +86,7 @@ def _inflate(encoded: bytes) -> bytes:
 
 
 def _index(found: Dataset) -> ObjectIndex:
-    uids = {keyword: _text(found, keyword) for keyword in (
+    uids = {keyword: _raw(found, keyword).decode("ascii", errors="replace").rstrip(" \0") for keyword in (
         "SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID")}
     missing = [keyword for keyword, uid in uids.items() if not uid]
     if missing:

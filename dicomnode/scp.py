@@ -116,6 +116,7 @@ class Receiver:
     def start(self) -> None:
         """Listen. Raises OSError where the address is taken or not ours."""
         _config.LOG_HANDLER_LEVEL = "none"
+        _config.VALIDATORS["UI"] = lambda value: (True, "")  # a bad UID is answered by us, not by an abort
         _register_storage_classes()
         node, reception = self._config.node, self._config.reception
         ae = AE(node.ae_title)

@@ -1,14 +1,20 @@
 """pynetdicom's acceptor, made fit for a receiver that runs for months.
 
-What is changed, each for a measured or provable reason: sockets read whole PDUs instead of 4 kB pieces, send without
-delay and give up on a peer that stops in the middle of a PDU; a PDU longer than we announced ends the association
-instead of growing in memory; the presentation contexts are shared instead of copied for each association; the data
-set of a C-STORE goes to disk as it arrives; connections beyond a limit are closed at once.
+What is changed, each for a measured or provable reason: threads sleep until something happens instead of looking a
+thousand times a second; sockets read whole PDUs instead of 4 kB pieces, send without delay and give up on a peer that
+stops in the middle of a PDU; a PDU longer than we announced ends the association instead of growing in memory; the
+presentation contexts are shared instead of copied for each association; the data set of a C-STORE goes to disk as it
+arrives, uncopied; connections beyond a limit are closed at once.
 """
 
 from __future__ import annotations
 
+import os
+import queue
+import select
 import socket
+import struct
+import threading
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -17,7 +23,8 @@ from pynetdicom._globals import MODE_ACCEPTOR
 from pynetdicom.ae import ApplicationEntity
 from pynetdicom.association import Association
 from pynetdicom.dimse import DIMSEServiceProvider
-from pynetdicom.dimse_messages import C_STORE_RQ, DIMSEMessage
+from pynetdicom.dimse_messages import DIMSEMessage
+from pynetdicom.dul import DULServiceProvider
 from pynetdicom.pdu_primitives import P_DATA
 from pynetdicom.transport import AssociationServer, AssociationSocket, RequestHandler
 
@@ -39,21 +46,156 @@ class _Socket(AssociationSocket):
 
     pdu_limit = _ASSOCIATE_LIMIT
 
+    @property
+    def ready(self) -> bool:
+        """Whether a read would not block; unlike select() not limited to 1024 open files."""
+        connection = self.socket
+        if connection is None or not self._is_connected:
+            return False
+        poll = select.poll()
+        try:
+            poll.register(connection, select.POLLIN)
+        except ValueError:  # closed by another thread
+            self.event_queue.put("Evt17")
+            return False
+        return bool(poll.poll(0))
+
     def recv(self, nr_bytes: int) -> bytearray:
         """All `nr_bytes`, or fewer where the peer closed. Raises OSError: PDU beyond the limit, silent peer."""
         if nr_bytes > self.pdu_limit:
             raise OSError(f"the peer announces a PDU of {nr_bytes} bytes, the limit is {self.pdu_limit}")
-        connection = cast(socket.socket, self.socket)
         received = bytearray(nr_bytes)
         with memoryview(received) as view:
-            have = 0
-            while have < nr_bytes:
-                count = connection.recv_into(view[have:])
-                if not count:
-                    break
-                have += count
+            have = self.recv_into(view)
         del received[have:]
         return received
+
+    def recv_into(self, view: memoryview) -> int:
+        """Fill `view`; how many bytes came, fewer only where the peer closed. Raises OSError."""
+        connection = cast(socket.socket, self.socket)
+        have = 0
+        while have < len(view):
+            count = connection.recv_into(view[have:])
+            if not count:
+                break
+            have += count
+        return have
+
+
+class _UserQueue(queue.Queue[Any]):
+    """Primitives for the association's thread, which is told when there is one."""
+
+    def __init__(self, stir: Callable[[], None]) -> None:
+        super().__init__()
+        self._stir = stir
+
+    def put(self, item: Any, block: bool = True, timeout: float | None = None) -> None:
+        super().put(item, block, timeout)
+        self._stir()
+
+
+class _Dul(DULServiceProvider):
+    """The upper layer: its thread waits for the socket or for something to send."""
+
+    _LOOK_S = 0.25  # timers are looked at so often
+
+    def __init__(self, assoc: Acceptor) -> None:
+        super().__init__(assoc)
+        self._run_loop_delay = 0.0
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._wake_lock = threading.Lock()
+        self._stir = assoc.stir
+        self._buffer = bytearray()
+        self.to_user_queue = _UserQueue(assoc.stir)
+
+    def wake(self) -> None:
+        with self._wake_lock:
+            if self._wake >= 0:
+                os.eventfd_write(self._wake, 1)
+
+    def send_pdu(self, primitive: Any) -> None:
+        super().send_pdu(primitive)
+        self.wake()
+
+    def kill_dul(self) -> None:
+        super().kill_dul()
+        self.wake()
+
+    def stop_dul(self) -> bool:
+        if self.state_machine.current_state != "Sta1":
+            return False
+        self.kill_dul()
+        self.join()
+        return True
+
+    def run_reactor(self) -> None:
+        try:
+            super().run_reactor()
+        finally:
+            with self._wake_lock:
+                os.close(self._wake)
+                self._wake = -1
+            self._stir()
+
+    def _is_transport_event(self) -> bool:
+        if self.state_machine.current_state != "Sta13" and self.event_queue.empty():
+            self._wait()
+        return super()._is_transport_event()
+
+    def _wait(self) -> None:
+        poll = select.poll()
+        poll.register(self._wake, select.POLLIN)
+        connection = None if self.socket is None else self.socket.socket
+        try:
+            if connection is not None:
+                poll.register(connection, select.POLLIN)
+        except ValueError:
+            return  # closed meanwhile: the state machine finds out
+        if self._wake in [handle for handle, _ in poll.poll(1000 * self._LOOK_S)]:
+            os.eventfd_read(self._wake)
+
+    def _read_pdu_data(self) -> None:
+        """A P-DATA-TF PDU that only continues a data set goes into it at once; all others take the usual way."""
+        wrapped = cast(_Socket, self.socket)
+        try:
+            header = wrapped.recv(6)
+            if len(header) < 6:
+                self.event_queue.put("Evt17")
+                return
+            kind, _, length = struct.unpack(">BBL", header)
+            if kind not in range(1, 8):
+                self.event_queue.put("Evt19")
+                return
+            if length > wrapped.pdu_limit:
+                raise OSError(f"a PDU of {length} bytes")
+            if len(self._buffer) < length:
+                self._buffer = bytearray(length)
+            with memoryview(self._buffer)[:length] as body:
+                if wrapped.recv_into(body) < length:
+                    self.event_queue.put("Evt17")
+                    return
+                if kind == 4 and self._continues_data_set(body):
+                    return
+                pdu, event = self._decode_pdu(header + body)
+        except OSError:  # peer gone or silent, or a PDU longer than announced
+            self.event_queue.put("Evt17")
+            return
+        except Exception:  # bytes of strangers: whatever the decoder raises, the PDU is invalid
+            self.event_queue.put("Evt19")
+            return
+        self._recv_pdu.put(pdu)
+        self.event_queue.put(event)
+
+    def _continues_data_set(self, body: memoryview) -> bool:
+        """Append the one fragment of this PDU (PS3.8 Table 9-23) where it is data and not the last."""
+        message = self.assoc.dimse.message
+        if message is None or message.context_id is None or self.state_machine.current_state != "Sta6" or len(body) < 6:
+            return False
+        length, context_id, control = struct.unpack_from(">LBB", body)
+        if control & 3 or context_id != message.context_id or length + 4 != len(body):
+            return False
+        cast(Intake, message.data_set).write(body[6:])
+        return True
 
 
 class _Dimse(DIMSEServiceProvider):
@@ -65,10 +207,9 @@ class _Dimse(DIMSEServiceProvider):
         if self.message is None:
             self.message = DIMSEMessage()
             self.message.data_set = self.make_intake(cast("Acceptor", self.assoc), self.message)
-        message = self.message
         super().receive_primitive(primitive)
-        if self.message is None and not isinstance(message, C_STORE_RQ):
-            message.data_set = None
+        if self.message is None:
+            cast("Acceptor", self.assoc).stir()
 
     def discard(self) -> None:
         """Forget data sets that no handler will take: the association is over."""
@@ -93,9 +234,49 @@ class Acceptor(Association):
         super().__init__(ae, MODE_ACCEPTOR)
         self.on_end = on_end
         self.stored = 0
+        self._stirred = threading.Event()
         provider = _Dimse(self)
         provider.make_intake = make_intake
         self.dimse = provider
+        self.dul = _Dul(self)
+        self.network_timeout = ae.network_timeout
+
+    def stir(self) -> None:
+        """Something happened that the association's thread should look at."""
+        self._stirred.set()
+
+    def kill(self) -> None:
+        self._kill = True
+        self.stir()
+        super().kill()
+
+    def _serve_request(self, msg: Any, context_id: int) -> None:
+        if not msg.is_valid_request:  # pynetdicom would say nothing and let the peer wait
+            self.abort()
+            return
+        super()._serve_request(msg, context_id)
+
+    def _run_reactor(self) -> None:
+        """Serve requests until release, abort, end of the connection or a peer silent for too long."""
+        while not self._kill:
+            context_id, message = self.dimse.get_msg(block=False)
+            if message is not None:
+                self._serve_request(message, cast(int, context_id))
+            elif self.is_established and self.acse.is_release_requested():
+                self.acse.send_release(is_response=True)
+                self.is_released = True
+                self.kill()
+            elif self.acse.is_aborted():
+                self.dul.receive_pdu(wait=False)
+                self.is_aborted = True
+                self.kill()
+            elif not self.dul.is_alive():
+                self.kill()
+            elif self.dul.idle_timer_expired():
+                self.abort()
+            else:
+                self._stirred.wait(1.0)
+                self._stirred.clear()
 
     def run_reactor(self) -> None:
         try:

@@ -62,7 +62,8 @@ def _defaults(model: type[BaseModel]) -> dict[str, Any]:
 def _with_examples_uncommented(text: str) -> str:
     head, examples = text.split("# [[peer]]", 1)
     lines = ("# [[peer]]" + examples).splitlines()
-    return head + "\n".join(line[2:] for line in lines if line.startswith("# ") and (line[2:4] == "[[" or " = " in line))
+    shown = [line[2:] for line in lines if line.startswith("# [[") or " = " in line]
+    return head + "\n".join(shown)
 
 
 def test_shipped_file_has_every_key_with_its_default_and_no_other():
