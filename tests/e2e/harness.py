@@ -25,7 +25,8 @@ class RunningNode:
         self.folder, self.port = folder, free_port()
         self.config = folder / "dicomnode.toml"
         tables = [f'[node]\nae_title = "{self.ae_title}"\nhost = "127.0.0.1"\nport = {self.port}\n'
-                  f'data_dir = "{folder / "data"}"\n[completeness]\nquiet_s = {quiet_s}\nct_wait_s = {ct_wait_s}\ngive_up_h = {give_up_h}\n[reception]\nlow_disk_mb = 64\n']
+                  f'data_dir = "{folder / "data"}"\n[completeness]\nquiet_s = {quiet_s}\n'
+                  f'ct_wait_s = {ct_wait_s}\ngive_up_h = {give_up_h}\n[reception]\nlow_disk_mb = 64\n']
         for name, (ae_title, port) in peers.items():
             tables.append(f'[[peer]]\nname = "{name}"\nae_title = "{ae_title}"\nhost = "127.0.0.1"\n'
                           + (f"port = {port}\n" if port else ""))

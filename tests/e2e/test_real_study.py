@@ -28,7 +28,7 @@ send_to = ["PACS"]
 
 @pytest.fixture(scope="module")
 def delivered(shared_data: Path, tmp_path_factory: pytest.TempPathFactory):
-    """The GE study sent CT first, PET shuffled over three parallel associations; the derived files as Orthanc holds them."""
+    """The GE study sent CT first, PET shuffled over three associations; the derived files as Orthanc holds them."""
     folder = tmp_path_factory.mktemp("real")
     pet = sorted((shared_data / "ge_sts001_pet_raw").glob("*"))
     ct = [path for path in sorted((shared_data / "ge_sts001_ibsi").rglob("*"))
@@ -63,7 +63,8 @@ def test_the_whole_derived_series_arrives_in_the_pacs(delivered):
 def test_geometry_suv_and_activity_hold(delivered):
     """`dicomnode verify` on what the PACS holds, from the files alone."""
     done = subprocess.run(
-        [sys.executable, "-m", "dicomnode", "verify", str(delivered["pet"][0].parent), str(delivered["folder"] / "derived"), "--json"],
+        [sys.executable, "-m", "dicomnode", "verify", str(delivered["pet"][0].parent),
+         str(delivered["folder"] / "derived"), "--json"],
         capture_output=True, text=True)
     report = json.loads(done.stdout)
     assert done.returncode == 0, done.stdout
