@@ -251,6 +251,12 @@ def test_enhanced_pet_is_complete_with_its_frames():
     assert state(enhanced(), enhanced_pet_header(heights=(0.0, 3.0, 9.0))) == ("waiting", "gap")
 
 
+def test_frames_without_description_are_held():
+    """A multi-frame object that does not say where its frames lie, and an enhanced one of a single frame."""
+    assert state(enhanced(45), pet_header(NumberOfFrames=45)) == ("held", "frames")
+    assert state(enhanced(1), enhanced_pet_header(heights=(0.0,))) == ("waiting", "single-slice")
+
+
 def test_parts_and_twins_of_enhanced_objects_are_held():
     """A concatenation, or two multi-frame objects, is not silently read as one volume."""
     assert state(enhanced(), enhanced_pet_header(InConcatenationTotalNumber=2)) == ("held", "concatenation")

@@ -71,6 +71,14 @@ def test_ct_with_tilted_gantry_is_no_guide():
     assert choose_guide(PET, [found]).series_uid is None
 
 
+@pytest.mark.parametrize(("aside", "flawed"), [(0.05, False), (0.15, True)])
+def test_shear_is_told_from_rounding(aside, flawed):
+    """A tenth of a millimetre is what rounded positions may lie aside; more is a sheared stack."""
+    arrivals = stack(20)
+    arrivals[7] = replace(arrivals[7], position=(-100.0 + aside, -100.0, 21.0))
+    assert bool(geometry_of(arrivals, ct_header()).flaw) is flawed
+
+
 def test_axis_is_the_normal_unless_given():
     """What a CT is to be measured along is read off the PET's geometry."""
     coronal = geometry_of(arrivals_at(0.0, 3.0, orientation=CORONAL), pet_header())
@@ -140,7 +148,9 @@ def test_correction_ct_is_preferred_over_contrast_ct_on_ties():
     assert choose_guide(PET, [plain, enhanced]).series_uid == "3"
     assert "contrast" in reasons(choose_guide(PET, [plain, enhanced]))["1"]
     assert choose_guide(PET, [plain, enhanced, ct("9", attenuation_correction_hint=True)]).series_uid == "9"
-    assert choose_guide(PET, [plain, ct("2")]).series_uid == "2"
+    tie = choose_guide(PET, [plain, ct("2")])
+    assert tie.series_uid == "2"
+    assert "UID comes later" in reasons(tie)["3"]
 
 
 def test_ct_named_by_the_pet_is_the_correction_ct():
@@ -186,6 +196,7 @@ def test_two_slices_are_a_volume():
         ((0.0, 1.0, 0.0, 0.0, 0.0, -1.0), (-1.0, 0.0, 0.0)),  # sagittal
         ((1.0, 0.0, 0.0, 0.0, 0.0, -1.0), (0.0, 1.0, 0.0)),  # coronal
         ((-1.0, 0.0, 0.0, 0.0, 1.0, 0.0), (0.0, 0.0, -1.0)),  # axial, mirrored
+        ((0.0, 1.0, 0.0, -1.0, 0.0, 0.0), (0.0, 0.0, 1.0)),  # axial, turned in its plane
         ((0.0, 1.001, 0.0, 0.0, 0.0, 1.001), (1.0, 0.0, 0.0)),  # rounded cosines
         ((1.001, 0.0, 0.0, 0.0, 0.0, 1.001), (0.0, -1.0, 0.0)),
     ],
