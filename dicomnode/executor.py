@@ -162,7 +162,7 @@ class Executor:
             log.info("job started", action="job_started", job=job["id"], attempt=job["attempts"], process=child.pid)
             try:
                 verdict = self._listen(job, child, stop)
-                if verdict and verdict["kind"] in LAST_WORDS:
+                if verdict is None or verdict["kind"] in LAST_WORDS:
                     _let_leave(child)
             finally:
                 code = end(child, grace_s=GRACE_S) if child.poll() is None else child.wait()
@@ -176,22 +176,23 @@ class Executor:
         work = self._config.work
         heard_at = renewed_at = time.monotonic()
         progress: dict[str, Any] | None = None
+        stage = written = ""
         lines = _Lines(child)
         while True:
             for message in lines.read(POLL_S):
                 if message["kind"] != "progress":
                     return message
-                heard_at, progress = time.monotonic(), {key: message[key] for key in ("stage", "step", "steps", "loss")}
+                heard_at, stage = time.monotonic(), message["stage"]
+                progress = {key: message[key] for key in ("stage", "step", "steps", "loss")}
             if lines.ended:
-                child.wait(GRACE_S)
                 return None
             if stop.is_set():
                 return {"kind": "stopped"}
             now = time.monotonic()
             if now - heard_at > work.hang_s:
-                return {"kind": "failed", "reason": f"hung: no progress for {work.hang_s:g} s"}
-            if now - renewed_at > 1.0:
-                renewed_at = now
+                return {"kind": "hung", "reason": f"hung: no progress for {work.hang_s:g} s"}
+            if now - renewed_at > 1.0 or stage != written:
+                renewed_at, written = now, stage
                 if not self._ledger.renew(job["id"], self._owner, now=self._clock(), lease_s=work.lease_s,
                                           progress=progress):
                     return {"kind": "taken"}
@@ -206,7 +207,7 @@ class Executor:
         elif kind == "refused":
             self._hold(job["id"], outcome["code"], f"{outcome['reason']}. Remedy: {outcome['remedy']}",
                        report=outcome.get("report"))
-        elif kind == "failed":
+        elif kind in ("failed", "hung"):
             self._failed(job, outcome["reason"])
         elif kind == "stopped":
             self._ledger.set_job(job["id"], "queued", now=self._clock(), code="stopped", progress=None,
@@ -298,7 +299,7 @@ def _let_leave(child: subprocess.Popen) -> None:
     try:
         child.wait(GRACE_S)
     except subprocess.TimeoutExpired:
-        log.warning("the pipeline does not end after its last word", action="job_lingers", process=child.pid)
+        log.warning("the pipeline does not end by itself", action="job_lingers", process=child.pid)
 
 
 def _fsync_file(path: Path) -> None:

@@ -189,7 +189,7 @@ class Matcher:
                 if row["is_guide"] and row["state"] == "ignored"]
 
     def _decide_job(self, seen: _Seen, route: Route, guide: _Seen | None, why: str) -> _Decision:
-        import deconv  # only here: the methods may load torch
+        import deconv
 
         method = deconv.method(route.method)
         try:

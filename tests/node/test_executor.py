@@ -1,0 +1,307 @@
+"""Jobs in child processes: how a child ends decides the job's next state, and nothing it does takes the node down.
+
+The children here are small programs that behave in one way each; the real pipeline runs in the last tests.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dicomnode.executor import Executor
+from dicomnode.ledger import NewJob
+from dicomnode.schedule import sweep_work
+from dicomnode.work import run as work
+from tests.factories import pet_series
+from tests.node.line import PET_ROUTE, Line
+from tests.peers import REPOSITORY, StoragePeer, wait_until
+
+ROUTE = PET_ROUTE + 'guide = "never"\n'
+TOML = "[work]\nattempts = 2\nretry_s = 60\nlease_s = 5\nhang_s = 10\n"
+PRELUDE = """
+import json, os, pathlib, signal, sys, time
+order = pathlib.Path(sys.argv[1])
+def say(**message): print(json.dumps(message), flush=True)
+def build():
+    folder = order.parent / "derived.tmp"
+    folder.mkdir()
+    for number in range(2):
+        (folder / f"{number}.dcm").write_bytes(b"derived")
+    say(kind="built", report={"derived_series_uid": "2.25.77", "derived_instances": 2})
+"""
+
+
+@pytest.fixture
+def line(tmp_path: Path) -> Iterator[Line]:
+    with Line(tmp_path, toml=TOML, route=ROUTE) as line:
+        yield line
+
+
+def child(line: Line, program: str) -> Executor:
+    """An executor whose child is `program`."""
+    return Executor(line.config, line.ledger, line.spool, clock=line.clock,
+                    command=(sys.executable, "-I", "-c", PRELUDE + program))
+
+
+def queued(line: Line) -> int:
+    """A queued job of a received series."""
+    uid = line.receive(pet_series())
+    row = line.ledger.series(uid)
+    line.ledger.set_series(uid, "complete", now=line.now)
+    inputs = tuple(one["sop_instance_uid"] for one in line.ledger.instances(uid))
+    return line.ledger.add_job(NewJob("id", uid, row["study_uid"], None, "all-pet", "nearest", "default", {}, ("PACS",),
+                                      inputs), now=line.now)
+
+
+def attempt(line: Line, executor: Executor, stop: threading.Event | None = None) -> dict[str, Any]:
+    """Claim the job, run it once, and look at it."""
+    job = line.ledger.claim(executor._owner, now=line.now, lease_s=line.config.work.lease_s)
+    assert job is not None
+    executor.run_job(job, stop or threading.Event())
+    return line.ledger.job(job["id"])
+
+
+def work_folders(line: Line) -> list[str]:
+    return [path.name for path in (line.spool.data_dir / "work").iterdir()]
+
+
+def test_a_built_series_is_moved_whole_to_its_place_and_entered_with_its_deliveries(line: Line) -> None:
+    """derived/JOB holds the files and report.json; the work folder is gone; one delivery per peer waits."""
+    queued(line)
+    job = attempt(line, child(line, "build()"))
+    folder = line.spool.absolute(job["derived_path"])
+    assert job["state"] == "built" and job["derived_series_uid"] == "2.25.77" and job["derived_instances"] == 2
+    assert sorted(path.name for path in folder.iterdir()) == ["0.dcm", "1.dcm", "report.json"]
+    assert json.loads((folder / "report.json").read_text())["identity"] == "id"
+    assert work_folders(line) == []
+    assert [(row["peer"], row["state"]) for row in line.ledger.deliveries(job["id"])] == [("PACS", "waiting")]
+
+
+def test_what_is_refused_is_held_at_once_with_reason_and_remedy(line: Line) -> None:
+    """No second attempt: it would refuse again."""
+    queued(line)
+    job = attempt(line, child(line, 'say(kind="refused", code="gap", reason="a slice is missing", remedy="send it")'))
+    assert (job["state"], job["code"]) == ("held", "gap")
+    assert job["reason"] == "a slice is missing. Remedy: send it"
+
+
+@pytest.mark.parametrize(("program", "reason"), [
+    ("os.kill(os.getpid(), signal.SIGKILL)", "SIGKILL, perhaps for lack of memory"),
+    ("os.kill(os.getpid(), signal.SIGSEGV)", "SIGSEGV"),
+    ("sys.exit('CUDA error: an illegal memory access')", "CUDA error"),
+    ("sys.exit(0)", "status 0"),
+    ('say(kind="failed", reason="OutOfMemoryError: 2 GiB")', "OutOfMemoryError"),
+])
+def test_a_child_that_dies_is_tried_again_later_then_held(line: Line, program: str, reason: str) -> None:
+    """Killed, crashed, ended without a word, failed: attempt by attempt with a wait, held after the last."""
+    queued(line)
+    executor = child(line, program)
+    job = attempt(line, executor)
+    assert job["state"] == "failed" and reason in job["reason"] and "attempt 1 of 2" in job["reason"]
+    assert line.ledger.claim("w", now=line.now + 59, lease_s=5) is None, "not before retry_s"
+    line.now += 61
+    job = attempt(line, executor)
+    assert (job["state"], job["code"], job["attempts"]) == ("held", "attempts", 2)
+    assert reason in job["reason"] and "Remedy" in job["reason"]
+    assert work_folders(line) == []
+
+
+def test_waits_between_attempts_double(tmp_path: Path) -> None:
+    """retry_s, then twice, then four times as long."""
+    with Line(tmp_path, toml="[work]\nattempts = 4\nretry_s = 60\n", route=ROUTE) as line:
+        queued(line)
+        executor, waits = child(line, "sys.exit(1)"), []
+        for _ in range(3):
+            job = attempt(line, executor)
+            waits.append(job["run_after"] - line.now)
+            line.now = job["run_after"]
+        assert waits == [60, 120, 240]
+
+
+def test_a_child_that_hangs_is_killed_and_counts_as_a_failed_attempt(tmp_path: Path) -> None:
+    """Alive, but without progress for hang_s."""
+    with Line(tmp_path, toml=TOML, route=ROUTE) as line:
+        object.__setattr__(line.config.work, "hang_s", 1.0)  # below what a configuration may say, for the test's sake
+        queued(line)
+        started = time.monotonic()
+        job = attempt(line, child(line, "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"))
+        assert job["state"] == "failed" and "no progress for 1 s" in job["reason"]
+        assert time.monotonic() - started < 12
+
+
+def test_progress_reaches_the_ledger_and_keeps_the_lease(line: Line) -> None:
+    """While the child works its last progress can be read, and the lease lies ahead."""
+    job_id = queued(line)
+    seen: list[dict[str, Any]] = []
+
+    def look() -> None:
+        seen.append(wait_until("progress", lambda: line.ledger.job(job_id)["progress"]))
+        seen.append(line.ledger.job(job_id))
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    program = 'say(kind="progress", stage="main", step=7, steps=9, loss=None); time.sleep(2.5); build()'
+    attempt(line, child(line, program))
+    watcher.join()
+    assert seen[0] == {"stage": "main", "step": 7, "steps": 9, "loss": None}
+    assert seen[1]["lease_until"] == line.now + 5
+
+
+@pytest.mark.parametrize("state", ["cancelled", "superseded", "held"])
+def test_a_job_that_a_person_takes_away_is_killed(line: Line, state: str) -> None:
+    """The child ends, the state the person gave stays, nothing is built."""
+    job_id = queued(line)
+    taker = threading.Timer(0.5, lambda: line.ledger.set_job(job_id, state, now=line.now, actor="me"))
+    taker.start()
+    started = time.monotonic()
+    job = attempt(line, child(line, "time.sleep(60); build()"))
+    taker.join()
+    assert job["state"] == state and job["derived_path"] is None
+    assert time.monotonic() - started < 10
+
+
+def test_a_stopped_worker_puts_its_job_back_uncounted(line: Line) -> None:
+    """SIGTERM of the worker: the child ends, the job is queued again with all its attempts."""
+    queued(line)
+    stop = threading.Event()
+    timer = threading.Timer(0.5, stop.set)
+    timer.start()
+    job = attempt(line, child(line, "time.sleep(60)"), stop)
+    timer.join()
+    assert (job["state"], job["attempts"]) == ("queued", 0)
+
+
+def test_a_series_that_was_kept_but_not_entered_is_adopted(line: Line) -> None:
+    """A crash between rename and commit: the next attempt enters what lies there, without computing."""
+    queued(line)
+    executor = child(line, "build()")
+    line.ledger.built, real = (lambda *_, **__: False), line.ledger.built  # type: ignore[method-assign]
+    assert attempt(line, executor)["state"] == "running"
+    line.ledger.built = real  # type: ignore[method-assign]
+    executor.recover()
+    job = attempt(line, child(line, "sys.exit('must not run')"))
+    assert job["state"] == "built" and job["derived_series_uid"] == "2.25.77"
+
+
+def test_a_part_of_a_series_is_not_adopted(line: Line) -> None:
+    """A file that is gone from derived/JOB: computed again, whole."""
+    job_id = queued(line)
+    executor = child(line, "build()")
+    attempt(line, executor)
+    (line.spool.data_dir / "derived" / str(job_id) / "1.dcm").unlink()
+    line.ledger.set_job(job_id, "queued", now=line.now)
+    job = attempt(line, executor)
+    assert job["state"] == "built" and len(list(line.spool.absolute(job["derived_path"]).glob("*.dcm"))) == 2
+
+
+def test_jobs_of_a_dead_worker_are_queued_at_once_and_held_if_it_dies_of_them_again_and_again(line: Line) -> None:
+    """No wait for the lease at a restart, the attempt is not counted; but not for ever."""
+    job_id = queued(line)
+    executor = child(line, "build()")
+    for _ in range(20):
+        assert line.ledger.claim("dead", now=line.now, lease_s=60) is not None
+        assert executor.recover() == 1
+        assert (line.ledger.job(job_id)["state"], line.ledger.job(job_id)["attempts"]) == ("queued", 0)
+    line.ledger.claim("dead", now=line.now, lease_s=60)
+    executor.recover()
+    assert (line.ledger.job(job_id)["state"], line.ledger.job(job_id)["code"]) == ("held", "worker-lost")
+
+
+def test_the_child_dies_with_its_parent() -> None:
+    """kill -9 of a process whose child is tied to it: the child is gone soon after."""
+    parent = subprocess.Popen(
+        [sys.executable, "-c", "import os, subprocess, sys, time\n"
+         "program = 'import os, time; from dicomnode.process import tie_to_parent; tie_to_parent();'\n"
+         "program += 'print(os.getpid(), flush=True); time.sleep(60)'\n"
+         "environment = {**os.environ, 'DICOMNODE_PARENT': str(os.getpid())}\n"
+         "subprocess.Popen([sys.executable, '-c', program], env=environment).wait()"],
+        stdout=subprocess.PIPE, text=True, cwd=REPOSITORY)
+    assert parent.stdout is not None
+    pid = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    wait_until("the child to die", lambda: not alive(pid), timeout_s=10)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split(")")[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_work_folders_without_a_running_job_are_swept(line: Line) -> None:
+    """Left by a crash: removed; the folder of a running job stays."""
+    job_id = queued(line)
+    line.ledger.claim("w", now=line.now, lease_s=60)
+    for name in (str(job_id), "999"):
+        (line.spool.data_dir / "work" / name).mkdir()
+    assert sweep_work(line.ledger, line.spool) == 1
+    assert work_folders(line) == [str(job_id)]
+
+
+# --- the real pipeline
+
+
+def test_the_real_pipeline_builds_a_series_and_a_repeat_gives_the_same_bytes(line: Line) -> None:
+    """Same UIDs, same pixels, same headers: a repeat can replace, never double."""
+    uid = line.receive(pet_series())
+    line.now += 31
+    line.matcher().tick()
+    executor = Executor(line.config, line.ledger, line.spool, clock=line.clock)
+    job = attempt(line, executor)
+    assert job["state"] == "built", job["reason"]
+    assert job["series_uid"] == uid and job["derived_instances"] == 16
+    first = {path.name: path.read_bytes() for path in line.spool.absolute(job["derived_path"]).glob("*.dcm")}
+    for path in line.spool.absolute(job["derived_path"]).iterdir():
+        path.unlink()
+    line.ledger.set_job(job["id"], "queued", now=line.now)
+    line.now += 5000
+    again = attempt(line, executor)
+    assert again["derived_series_uid"] == job["derived_series_uid"]
+    assert first == {path.name: path.read_bytes() for path in line.spool.absolute(again["derived_path"]).glob("*.dcm")}
+
+
+def test_a_worker_killed_in_the_middle_of_a_job_delivers_exactly_one_series(tmp_path: Path) -> None:
+    """kill -9 while the pipeline runs, then a new worker: one derived series arrives, every instance once."""
+    with StoragePeer() as peer, Line(tmp_path, port=peer.port, route=ROUTE) as line:
+        line.now = time.time() - 31
+        uid = line.receive(pet_series())
+        line.now += 31
+        line.matcher().tick()
+        (job,) = line.ledger.jobs_of_series(uid)
+        first = worker(line)
+        wait_until("the job to run", lambda: line.ledger.job(job["id"])["state"] == "running", timeout_s=60)
+        time.sleep(0.5)  # the child is loading its libraries, which takes seconds
+        first.kill()
+        first.wait()
+        stop = threading.Event()
+        second = threading.Thread(target=work, args=(line.config,), kwargs={"stop": stop, "ready": lambda: None})
+        second.start()
+        try:
+            wait_until("delivery", lambda: line.ledger.job(job["id"])["state"] == "delivered", timeout_s=90)
+        finally:
+            stop.set()
+            second.join()
+        assert line.ledger.job(job["id"])["attempts"] == 1, "the lost attempt is not counted"
+    assert len({ds.SeriesInstanceUID for ds in peer.datasets}) == 1
+    uids = [ds.SOPInstanceUID for ds in peer.datasets]
+    assert len(uids) == len(set(uids)) == 16
+
+
+def worker(line: Line) -> subprocess.Popen:
+    """A working process on the line's data directory."""
+    program = ("import sys, threading\nfrom dicomnode.config import Config\nfrom dicomnode.work import run\n"
+               "run(Config.model_validate_json(sys.argv[1]), stop=threading.Event(), ready=lambda: None)")
+    return subprocess.Popen([sys.executable, "-c", program, line.config.model_dump_json()], cwd=REPOSITORY,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})
