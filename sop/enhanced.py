@@ -22,9 +22,9 @@ from pydicom.dataset import Dataset
 from pydicom.tag import Tag
 
 from sop.errors import Refused
-from sop.header import decimal_string, integer, items, numbers, text, texts, without_pixels
+from sop.header import decimal_string, integer, items, numbers, put, raw_elements, text, texts, without_pixels
 from sop.series import Slice
-from sop.times import parse_datetime
+from sop.times import parse_date, parse_datetime, parse_time
 
 __all__ = ["enhanced_slices"]
 
@@ -73,23 +73,22 @@ def enhanced_slices(header: Dataset, path: Path | None) -> list[Slice]:
     if pet:
         _classic_pet(common, header, frames)
     else:
-        common.SOPClassUID = uid.CTImageStorage
+        put(common, SOPClassUID=uid.CTImageStorage)
     return [_slice(common, header, path, number, shared[0], groups, pet) for number, groups in enumerate(each, start=1)]
 
 
 def _slice(common: Dataset, header: Dataset, path: Path | None, number: int, shared: Dataset, groups: Dataset,
            pet: bool) -> Slice:
     single = without_pixels(common)
-    single.InstanceNumber = number
+    put(single, InstanceNumber=number)
     for name in FLAT_GROUPS:
-        for element in _group(name, shared, groups):
-            single[element.tag] = copy.copy(element)
+        single.update(raw_elements(_group(name, shared, groups)))
     _frame_times(single, _group("FrameContentSequence", shared, groups))
     if pet:
-        single.ImageIndex = number
+        put(single, ImageIndex=number)
         kind = text(_group("PETFrameTypeSequence", shared, groups), "FrameType")
         if kind and "SeriesType" not in single:
-            single.SeriesType = _series_type(kind)
+            put(single, SeriesType=_series_type(kind))
         mappings = "RealWorldValueMappingSequence"
         mapping = _mapping(items(groups, mappings) or items(shared, mappings))
     else:
@@ -97,11 +96,11 @@ def _slice(common: Dataset, header: Dataset, path: Path | None, number: int, sha
     slope, intercept = mapping[:2] if mapping else (numbers(single, "RescaleSlope", 1)[0],
                                                     numbers(single, "RescaleIntercept", 1)[0])
     if mapping:
-        single.RescaleSlope, single.RescaleIntercept = decimal_string(slope), decimal_string(intercept)
+        put(single, RescaleSlope=decimal_string(slope), RescaleIntercept=decimal_string(intercept))
         single.pop(Tag("RescaleType"), None)
-        single.Units = mapping[2]
+        put(single, Units=mapping[2])
         if mapping[3]:
-            single.SUVType = mapping[3]
+            put(single, SUVType=mapping[3])
     x, y, z = numbers(single, "ImagePositionPatient", 3)
     return Slice(single, path, text(header, "SOPClassUID"), text(header, "SOPInstanceUID"), number, (x, y, z),
                  slope, intercept)
@@ -143,27 +142,28 @@ def _series_type(image_type: str) -> list[str]:
 def _classic_pet(common: Dataset, header: Dataset, frames: int) -> None:
     """Series-level attributes of a classic PET, in place of those of the enhanced one."""
     image_type = texts(header, "ImageType")
-    common.SOPClassUID = uid.PositronEmissionTomographyImageStorage
-    common.ImageType = ["DERIVED" if image_type[:1] == ("DERIVED",) else "ORIGINAL", "PRIMARY"]
+    put(common, SOPClassUID=uid.PositronEmissionTomographyImageStorage)
+    put(common, ImageType=["DERIVED" if image_type[:1] == ("DERIVED",) else "ORIGINAL", "PRIMARY"])
     if "MIXED" not in text(header, "ImageType").upper():
-        common.SeriesType = _series_type(text(header, "ImageType"))
-    common.NumberOfSlices = frames
+        put(common, SeriesType=_series_type(text(header, "ImageType")))
+    put(common, NumberOfSlices=frames)
     if not text(common, "CountsSource"):
-        common.CountsSource = "EMISSION"
-    common.CorrectedImage = [code for keyword, code in CORRECTIONS.items() if text(header, keyword).upper() == "YES"]
+        put(common, CountsSource="EMISSION")
+    done = [code for keyword, code in CORRECTIONS.items() if text(header, keyword).upper() == "YES"]
+    put(common, CorrectedImage=done)
     tracers = [_classic_tracer(item) for item in items(header, "RadiopharmaceuticalInformationSequence")]
-    common.RadiopharmaceuticalInformationSequence = tracers
+    put(common, RadiopharmaceuticalInformationSequence=tracers)
     injected = {_moment(item, "RadiopharmaceuticalStartDateTime") for item in tracers}
     corrected_to = _moment(header, "DecayCorrectionDateTime")
     if text(header, "DecayCorrected").upper() != "YES":
-        common.DecayCorrection = "NONE"
+        put(common, DecayCorrection="NONE")
     elif corrected_to is None:
-        common.DecayCorrection = ""
+        put(common, DecayCorrection="")
     elif corrected_to in injected:
-        common.DecayCorrection = "ADMIN"
+        put(common, DecayCorrection="ADMIN")
     else:
-        common.DecayCorrection = "START"
-        common.SeriesDate, common.SeriesTime = _da(corrected_to), _tm(corrected_to)
+        put(common, DecayCorrection="START")
+        put(common, SeriesDate=_da(corrected_to), SeriesTime=_tm(corrected_to))
 
 
 def _classic_tracer(item: Dataset) -> Dataset:
@@ -171,10 +171,10 @@ def _classic_tracer(item: Dataset) -> Dataset:
     if text(tracer, "RadionuclideTotalDose"):
         dose = numbers(tracer, "RadionuclideTotalDose", 1)[0]
         if dose < LARGEST_DOSE_MBQ:
-            tracer.RadionuclideTotalDose = decimal_string(dose * 1e6)
+            put(tracer, RadionuclideTotalDose=decimal_string(dose * 1e6))
     start = _moment(tracer, "RadiopharmaceuticalStartDateTime")
     if start is not None:
-        tracer.RadiopharmaceuticalStartTime = _tm(start)
+        put(tracer, RadiopharmaceuticalStartTime=_tm(start))
     return tracer
 
 
@@ -182,12 +182,15 @@ def _frame_times(single: Dataset, content: Dataset) -> None:
     acquired = _moment(content, "FrameAcquisitionDateTime")
     reference = _moment(content, "FrameReferenceDateTime")
     if acquired is not None:
-        single.AcquisitionDate, single.AcquisitionTime = _da(acquired), _tm(acquired)
+        put(single, AcquisitionDate=_da(acquired), AcquisitionTime=_tm(acquired))
     if reference is not None and text(single, "SeriesDate") and text(single, "SeriesTime"):
-        series = parse_datetime(text(single, "SeriesDate") + text(single, "SeriesTime"))
-        single.FrameReferenceTime = decimal_string((reference - series).total_seconds() * 1000)
+        try:
+            series = parse_date(text(single, "SeriesDate")) + parse_time(text(single, "SeriesTime"))
+        except ValueError as error:
+            raise Refused("malformed", "SeriesDate and SeriesTime are not a date and time", RESEND) from error
+        put(single, FrameReferenceTime=decimal_string((reference - series).total_seconds() * 1000))
     if text(content, "FrameAcquisitionDuration"):
-        single.ActualFrameDuration = str(round(numbers(content, "FrameAcquisitionDuration", 1)[0]))
+        put(single, ActualFrameDuration=str(round(numbers(content, "FrameAcquisitionDuration", 1)[0])))
 
 
 def _moment(dataset: Dataset, keyword: str) -> datetime | None:

@@ -6,16 +6,18 @@ import copy
 import math
 from typing import Any
 
+from pydicom.datadict import dictionary_VR
+from pydicom.dataelem import DataElement, RawDataElement
 from pydicom.dataset import Dataset
 from pydicom.multival import MultiValue
 from pydicom.sequence import Sequence
-from pydicom.tag import Tag
+from pydicom.tag import BaseTag, Tag
 
 from sop.errors import Refused
 
 __all__ = [
-    "PIXEL_KEYWORDS", "decimal_string", "integer", "items", "numbers", "private_text", "strings", "text", "texts",
-    "without_pixels",
+    "PIXEL_KEYWORDS", "decimal_string", "integer", "items", "numbers", "private_text", "put", "raw_elements", "strings",
+    "text", "texts", "without_pixels",
 ]
 
 # Pixel data and what describes other pixel data; a header holds none of them.
@@ -98,11 +100,30 @@ def decimal_string(value: float) -> str:
     return min((text for text in written if len(text) <= 16), key=lambda text: (abs(float(text) - value), len(text)))
 
 
+def raw_elements(data: Dataset) -> dict[BaseTag, DataElement | RawDataElement]:
+    """Copies of all elements, unread ones still unread; setting an attribute changes an element, so copies matter.
+
+    Raises Refused "malformed".
+    """
+    try:
+        return {tag: copy.copy(data.get_item(tag)) for tag in data.keys()}  # noqa: SIM118 (iterating reads elements)
+    except MemoryError:
+        raise
+    except Exception as error:  # see _value
+        raise Refused("malformed", f"the data set cannot be read ({type(error).__name__})", RESEND) from error
+
+
+def put(header: Dataset, **values: Any) -> None:
+    """Set attributes without reading what stood there, which may be damaged."""
+    for keyword, value in values.items():
+        tag = Tag(keyword)
+        header[tag] = DataElement(tag, dictionary_VR(tag), value)
+
+
 def without_pixels(data: Dataset) -> Dataset:
     """A data set of the same elements, still as they came, without pixel data; setting one leaves `data` alone."""
     dropped = {Tag(keyword) for keyword in PIXEL_KEYWORDS}
-    # get_item leaves unread elements unread; copying matters because setting an attribute changes the element itself.
-    header = Dataset({tag: copy.copy(data.get_item(tag)) for tag in data.keys() if tag not in dropped})  # noqa: SIM118
+    header = Dataset({tag: element for tag, element in raw_elements(data).items() if tag not in dropped})
     if getattr(data, "file_meta", None) is not None:
         header.file_meta = data.file_meta
     return header

@@ -15,7 +15,7 @@ from pydicom.dataset import Dataset
 from sop import geometry
 from sop.enhanced import enhanced_slices
 from sop.errors import Refused
-from sop.header import integer, items, numbers, text, without_pixels
+from sop.header import decimal_string, integer, items, numbers, put, strings, text, without_pixels
 from sop.series import Slice
 
 __all__ = ["slices_of"]
@@ -55,9 +55,12 @@ def _nm_slices(header: Dataset, path: Path | None) -> list[Slice]:
 
 def _nm_slice(header: Dataset, path: Path | None, frame: int, position: np.ndarray, detector: Dataset) -> Slice:
     single = without_pixels(header)
-    single.ImageOrientationPatient = detector.ImageOrientationPatient
-    single.ImagePositionPatient = [float(value) for value in np.round(position, 6)]
-    single.InstanceNumber = frame
+    put(
+        single,
+        ImageOrientationPatient=strings(detector, "ImageOrientationPatient", 6),
+        ImagePositionPatient=[decimal_string(round(float(value), 6)) for value in position],
+        InstanceNumber=frame,
+    )
     x, y, z = map(float, position)
     return Slice(
         header=single,

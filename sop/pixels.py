@@ -9,16 +9,36 @@ from numpy.typing import NDArray
 from pydicom import dcmread
 from pydicom.dataset import Dataset
 from pydicom.errors import InvalidDicomError
-from pydicom.uid import UID, AllTransferSyntaxes
+from pydicom.pixels import pixel_array
+from pydicom.tag import Tag
+from pydicom.uid import (
+    HTJ2K,
+    UID,
+    AllTransferSyntaxes,
+    HTJ2KLossless,
+    HTJ2KLosslessRPCL,
+    JPEG2000TransferSyntaxes,
+    JPEGLSTransferSyntaxes,
+    RLETransferSyntaxes,
+)
 
 from sop.errors import Refused
-from sop.header import PIXEL_KEYWORDS, integer, text
+from sop.header import PIXEL_KEYWORDS, integer, raw_elements, text
 
 __all__ = ["frames_of", "load"]
 
 # All a decoder needs, so that the second reading of a file skips the rest.
 NEEDED = ["SOPInstanceUID", "SamplesPerPixel", "PhotometricInterpretation", "PlanarConfiguration", "NumberOfFrames",
           "Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", *PIXEL_KEYWORDS]
+
+# GDCM decodes nearly all, but a damaged JPEG-LS stream makes it end the whole process; it is left the JPEG processes
+# that no other plugin reads.
+DECODERS = {
+    **dict.fromkeys(JPEGLSTransferSyntaxes, "pyjpegls"),
+    **dict.fromkeys(JPEG2000TransferSyntaxes, "pylibjpeg"),
+    **dict.fromkeys([HTJ2K, HTJ2KLossless, HTJ2KLosslessRPCL], "pylibjpeg"),
+    **dict.fromkeys(RLETransferSyntaxes, "pylibjpeg"),
+}
 
 RESEND = "send the instance again from the scanner or the PACS"
 
@@ -77,7 +97,7 @@ def _syntax(data: Dataset) -> UID:
 
 
 def _native(data: Dataset, syntax: UID, bits_allocated: int, count: int) -> NDArray:
-    raw = data.get_item("PixelData").value
+    raw = raw_elements(data)[Tag("PixelData")].value
     need = count * bits_allocated // 8
     if raw is None or len(raw) < need:
         raise Refused("truncated", f"Pixel Data of instance {text(data, 'SOPInstanceUID')} ends after "
@@ -97,9 +117,9 @@ def _native(data: Dataset, syntax: UID, bits_allocated: int, count: int) -> NDAr
 
 def _decoded(data: Dataset, syntax: UID) -> NDArray:
     try:
-        return np.asarray(data.pixel_array)
-    except MemoryError:
+        return np.asarray(pixel_array(data, decoding_plugin=DECODERS.get(syntax, "gdcm")))
+    except (MemoryError, KeyboardInterrupt, SystemExit):
         raise
-    except Exception as error:  # each decoder plugin has exceptions of its own
+    except BaseException as error:  # each plugin has exceptions of its own; a panic of the RLE one is no Exception
         reason = f"Pixel Data of instance {text(data, 'SOPInstanceUID')} ({syntax.name}) cannot be decoded"
         raise Refused("undecodable", f"{reason} ({type(error).__name__})", RESEND) from error

@@ -228,13 +228,15 @@ def _voxels(found: Sequence[_Found]) -> NDArray[np.float32]:
             raise Refused("rescale", f"RescaleSlope {item.slice.slope} of instance {item.slice.sop_instance_uid} is "
                           "negative or not a number", RESEND)
     array = np.empty((len(found), rows, columns), dtype=np.float32)
+    scaled = np.empty((rows, columns))
     opened: tuple[object, NDArray] | None = None
     for index, item in enumerate(found):
         if opened is None or opened[0] is not item.source:
             opened = (item.source, _all_frames(item))
         stored = opened[1][(item.slice.frame or 1) - 1]
-        scaled = stored * item.slice.slope + item.slice.intercept
-        array[index] = scaled * item.slice.factor
+        # One float64 multiplication, rounded once to float32.
+        np.multiply(stored, item.slice.slope * item.slice.factor, out=scaled)
+        array[index] = scaled if item.slice.intercept == 0 else scaled + item.slice.intercept * item.slice.factor
     array.setflags(write=False)
     return array
 
