@@ -47,14 +47,11 @@ class Eligibility:
     remedy: str = ""
 
 
-def eligible(
-    header: Dataset, *, own_output: bool, allow_per_frame: bool = False, allow_derived: bool = False
-) -> Eligibility:
+def eligible(header: Dataset, *, own_output: bool, allow_per_frame: bool = False) -> Eligibility:
     """What to do with the series that `header` (one instance, without pixels) belongs to.
 
     own_output       the ledger, the UID root or the contributing equipment say that we made it.
     allow_per_frame  a route processes DYNAMIC and GATED series frame by frame.
-    allow_derived    a person asked for this series although its ImageType says DERIVED.
     """
     if own_output:
         return Eligibility("ignored", "own-output", "own derived series coming back: it is never processed again")
@@ -62,9 +59,9 @@ def eligible(
     if sop_class in CT_CLASSES:
         return _judge_ct(header)
     if sop_class == PET_IMAGE:
-        return _judge_picture(header) or _judge_pet(header, allow_per_frame, allow_derived)
+        return _judge_picture(header) or _judge_pet(header, allow_per_frame)
     if sop_class == ENHANCED_PET:
-        return _judge_picture(header) or _judge_enhanced_pet(header, allow_per_frame, allow_derived)
+        return _judge_picture(header) or _judge_enhanced_pet(header, allow_per_frame)
     if sop_class == LEGACY_CONVERTED_PET:
         return Eligibility(
             "refused",
@@ -109,8 +106,8 @@ def _judge_ct(header: Dataset) -> Eligibility:
     return Eligibility("guide", "guide", "CT volume: may guide a PET of its study")
 
 
-def _judge_derived(header: Dataset, allow_derived: bool) -> Eligibility | None:
-    if allow_derived or text(header, "ImageType").upper() != "DERIVED":
+def _judge_derived(header: Dataset) -> Eligibility | None:
+    if text(header, "ImageType").upper() != "DERIVED":
         return None
     shown = "\\".join(values(header, "ImageType"))
     return Eligibility(
@@ -142,11 +139,11 @@ def _per_frame(series_type: str) -> Eligibility:
         "refused",
         series_type.lower(),
         f"SeriesType {series_type}: one volume per time or gate, and each frame is a study of its own in noise",
-        "send the static or whole-body reconstruction, or allow per-frame processing in the route",
+        "send the static or whole-body reconstruction of the same acquisition",
     )
 
 
-def _judge_pet(header: Dataset, allow_per_frame: bool, allow_derived: bool) -> Eligibility:
+def _judge_pet(header: Dataset, allow_per_frame: bool) -> Eligibility:
     """PET Image Storage: what is plainly not ours first, then what is missing, then what we cannot do."""
     series_type = [value.upper().replace("_", " ") for value in values(header, "SeriesType")]
     corrections = {value.upper() for value in values(header, "CorrectedImage")}
@@ -156,7 +153,7 @@ def _judge_pet(header: Dataset, allow_per_frame: bool, allow_derived: bool) -> E
         return Eligibility("ignored", "transmission", "CountsSource TRANSMISSION: an attenuation map, no emission")
     if corrections and "ATTN" not in corrections:
         return _uncorrected(f"CorrectedImage {'/'.join(sorted(corrections))} without ATTN")
-    derived = _judge_derived(header, allow_derived)
+    derived = _judge_derived(header)
     if derived is not None:
         return derived
     required = ("CorrectedImage", "Units", "SeriesType", *GEOMETRY)
@@ -194,14 +191,14 @@ def _philips_factor(header: Dataset) -> bool:
     return any(factor is not None and factor > 0 for factor in factors)
 
 
-def _judge_enhanced_pet(header: Dataset, allow_per_frame: bool, allow_derived: bool) -> Eligibility:
+def _judge_enhanced_pet(header: Dataset, allow_per_frame: bool) -> Eligibility:
     """Enhanced PET says the same with other attributes: AttenuationCorrected, ImageType value 3, value mapping."""
     corrected = text(header, "AttenuationCorrected").upper()
     if text(header, "CountsSource").upper() == "TRANSMISSION":
         return Eligibility("ignored", "transmission", "CountsSource TRANSMISSION: an attenuation map, no emission")
     if corrected == "NO":
         return _uncorrected("AttenuationCorrected NO")
-    derived = _judge_derived(header, allow_derived)
+    derived = _judge_derived(header)
     if derived is not None:
         return derived
     flavour = "".join(values(header, "ImageType")[2:3]).upper()
