@@ -132,7 +132,7 @@ def _peer(folder: Path) -> Iterator[int]:
     folder.mkdir(parents=True)
 
     def keep(event: Event) -> int:
-        path = folder / f"{event.request.AffectedSOPInstanceUID}.dcm"
+        path = folder / f"{event.dataset.SOPInstanceUID}.dcm"
         path.write_bytes(event.encoded_dataset())
         return 0x0000
 
@@ -141,6 +141,7 @@ def _peer(folder: Path) -> Iterator[int]:
     ae.add_supported_context(Verification)
     server = ae.start_server(("127.0.0.1", 0), block=False,
                              evt_handlers=[(evt.EVT_C_STORE, keep), (evt.EVT_CONN_OPEN, set_nodelay)])
+    assert server is not None  # block=False
     try:
         yield server.server_address[1]
     finally:
@@ -152,11 +153,12 @@ def _node(folder: Path, method: str, preset: str, peer_port: int) -> Iterator[in
     """`dicomnode serve` as a process of its own; yields its port once it is ready."""
     folder.mkdir(parents=True)
     port, config, log = _free_port(), folder / "dicomnode.toml", folder / "node.log"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     config.write_text(CONFIG.format(node_port=port, peer_port=peer_port, method=method, preset=preset,
                                     data_dir=json.dumps(str(folder / "data"))), encoding="utf-8")
     with log.open("wb") as messages, subprocess.Popen(
         [sys.executable, "-m", "dicomnode", "serve", "--config", str(config)], stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE, stderr=messages, env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        stdout=subprocess.PIPE, stderr=messages, env=environment,
     ) as process:
         assert process.stdout is not None
         try:
@@ -226,7 +228,7 @@ def _judge(out_dir: Path, phantom: Phantom, study: PhantomStudy, received: list[
     kernel = np.load(kernel_file) if kernel_file.is_file() else None
     source, info = read_series(study.pet)
     derived, derived_info = read_series(received)
-    spacing = tuple(float(step) for step in source.spacing)
+    spacing = (float(source.spacing[0]), float(source.spacing[1]), float(source.spacing[2]))
     checked = check_derived(list(study.pet), received, kernel=kernel, kernel_spacing=spacing)
     result = figures(phantom, source, derived, kernel, suv_factor=suv_factors(info).require())
     phantom_picture(out_dir / "demo.png", phantom, source, derived, kernel,
@@ -255,7 +257,7 @@ def _tell(console: Console, result: dict[str, Any]) -> None:
     facts.add_row("total activity", f"changed by {100 * result['activity_change']:+.4f} %")
     if found is not None:
         facts.add_row("kernel FWHM", f"{found[0]:.1f} × {found[1]:.1f} × {found[2]:.1f} mm found, "
-                                     f"{result['true_fwhm_mm'][0]:g} mm true")
+                                     f"{result['true_fwhm_mm'][0]:.1f} mm true (both on these voxels)")
     items = result["verified"]["items"]
     failed = [item for item in items if not item["ok"]]
     verdict = "[green]passed[/]" if not failed else "[red]failed[/]"
@@ -265,5 +267,5 @@ def _tell(console: Console, result: dict[str, Any]) -> None:
     for item in failed:
         console.print(f"   {item['name']}: {item['message']}", markup=False)
     folder = result["folder"]
-    console.print(f"\nPicture  {result['picture']}\nDICOM    {folder}/source and {folder}/received\n"
-                  f"Look     dicomnode show PHANTOM --config {folder}/node/dicomnode.toml", soft_wrap=True, markup=False)
+    console.print(f"\nPicture  {result['picture']}\nDICOM    {folder}/source (sent), {folder}/received (derived)\n"
+                  f"History  dicomnode show PHANTOM --config {folder}/node/dicomnode.toml", soft_wrap=True)

@@ -60,7 +60,7 @@ class Choice:
 
 
 def find_series(folder: Path) -> list[Found]:
-    """Every DICOM series at or below `folder`, by UID; other files are passed over. Raises NotFound if there is none."""
+    """Every DICOM series at or below `folder`, by UID; other files are passed over. Raises NotFound for none."""
     if not folder.exists():
         raise NotFound(f"{folder} does not exist")
     by_series: dict[str, list[tuple[Path, Dataset]]] = {}
@@ -79,7 +79,8 @@ def series_files(folder: Path, series_uid: str | None = None) -> list[Path]:
     for one in found:
         if one.uid == series_uid:
             return list(one.files)
-    raise RefusedInput(f"{folder} holds {len(found)} series: {'; '.join(map(_label, found))}. Remedy: name one of them.")
+    raise RefusedInput(f"{folder} holds {len(found)} series: {'; '.join(map(_label, found))}. Remedy: give a folder "
+                       "that holds one.")
 
 
 def source_files(folder: Path, derived: Path) -> list[Path]:
@@ -90,8 +91,8 @@ def source_files(folder: Path, derived: Path) -> list[Path]:
     for one in found:
         if one.uid in referenced:
             return list(one.files)
-    raise RefusedInput(f"{derived} is derived from series {', '.join(referenced) or '(it does not say)'}; {folder} holds "
-                       f"{'; '.join(map(_label, found))}. Remedy: name the folder of its source.")
+    raise RefusedInput(f"{derived} is derived from series {', '.join(referenced) or '(it does not say)'}; {folder} "
+                       f"holds {'; '.join(map(_label, found))}. Remedy: name the folder of its source.")
 
 
 def choose(found: Sequence[Found], *, series_uid: str | None = None, assume_units: bool = False) -> Choice:
@@ -109,7 +110,7 @@ def choose(found: Sequence[Found], *, series_uid: str | None = None, assume_unit
 
 
 def require_empty(folder: Path) -> None:
-    """Raises ConfigError where `folder` is not new or empty: nothing of anybody else's is mixed with a derived series."""
+    """Raises ConfigError where `folder` is neither new nor empty: a derived series lies alone in its folder."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} is not an empty folder. Remedy: name a new one.")
 

@@ -23,10 +23,15 @@ if TYPE_CHECKING:
 __all__ = ["phantom_picture", "ring_profile"]
 
 BEFORE, AFTER, TRUTH = "#d1495b", "#1d4e89", "#8a8f98"
+HEAD: dict[str, Any] = {"fontsize": 11, "fontweight": "bold", "color": "#222222"}
+NOTE: dict[str, Any] = {"fontsize": 8.5, "color": "#555555"}
 KBQ = 1e-3
 
 
-def ring_profile(phantom: Phantom, volume: Volume, *, samples: int = 900) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+Line = NDArray[np.float64]
+
+
+def ring_profile(phantom: Phantom, volume: Volume, *, samples: int = 900) -> tuple[Line, Line, Line]:
     """Values of `volume` along the closed line through the centres of all spheres, in the order of the ring.
 
     Returns (mm along the line, values, mm at which the spheres lie).
@@ -40,7 +45,7 @@ def ring_profile(phantom: Phantom, volume: Volume, *, samples: int = 900) -> tup
     half = (turn[1] - turn[0]) / 2
     at = np.linspace(turn[0] - half, turn[-1] - half, samples)
 
-    def along(values: NDArray[Any]) -> NDArray[Any]:
+    def along(values: Line) -> Line:
         return np.interp(at, turn, np.append(values, values[0]), period=2 * np.pi)
 
     r = along(radius)
@@ -73,8 +78,8 @@ def _mips(figure: Figure, panels: list[Axes], phantom: Phantom, source: Volume, 
         image = panel.imshow(volume.array.max(axis=0) * KBQ, cmap="inferno", vmin=0, vmax=top, extent=extent,
                              interpolation="nearest")
         voxel = " × ".join(f"{step:.2f}" for step in volume.spacing)
-        panel.set_title(f"{name}\n", fontsize=11, fontweight="bold", color="#222222")
-        panel.text(0.5, 1.02, f"voxels {voxel} mm", transform=panel.transAxes, ha="center", fontsize=8.5, color="#555555")
+        panel.set_title(f"{name}\n", **HEAD)
+        panel.text(0.5, 1.02, f"voxels {voxel} mm", transform=panel.transAxes, ha="center", **NOTE)
         panel.set_xlabel("mm", fontsize=9)
         panel.tick_params(labelsize=8)
     bar = figure.colorbar(image, ax=panels, shrink=0.86, pad=0.015)
@@ -92,12 +97,13 @@ def _profile(panel: Axes, phantom: Phantom, source: Volume, derived: Volume) -> 
             panel.plot(mm, values * KBQ, color=colour, lw=width, label=name)
     top = panel.get_ylim()[1] * 1.1
     for sphere, place in zip(phantom.spheres, places, strict=True):
-        panel.text(place, top * 0.985, f"{sphere.diameter_mm:g} mm", ha="center", va="top", fontsize=8.5, color="#555555")
+        panel.text(place, top * 0.985, f"{sphere.diameter_mm:g} mm", ha="center", va="top", **NOTE)
     panel.set(xlim=(mm[0], mm[-1]), ylim=(0, top))
     panel.set_xlabel("mm along the ring of spheres", fontsize=9)
     panel.set_ylabel("kBq/mL", fontsize=9)
-    panel.set_title("Profile through the centre of every sphere", fontsize=11, fontweight="bold", color="#222222")
+    panel.set_title("Profile through the centre of every sphere", loc="left", **HEAD)
     _plain(panel)
+    panel.legend(ncols=3, fontsize=8.5, frameon=False, loc="lower right", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.2)
 
 
 def _kernel(panel: Axes, phantom: Phantom, kernel: NDArray[np.float32]) -> None:
@@ -115,8 +121,9 @@ def _kernel(panel: Axes, phantom: Phantom, kernel: NDArray[np.float32]) -> None:
     panel.set_ylim(0, None)
     panel.set_xlabel("mm across the columns", fontsize=9)
     panel.set_ylabel("share of the activity", fontsize=9)
-    panel.set_title("Kernel", fontsize=11, fontweight="bold", color="#222222")
+    panel.set_title("Kernel", loc="left", **HEAD)
     _plain(panel)
+    panel.legend(fontsize=8.5, frameon=False, loc="upper right")
     inset = panel.inset_axes((0.02, 0.56, 0.36, 0.42))
     half = min(kernel.shape[1:]) // 2
     inset.imshow(kernel[kernel.shape[0] // 2], cmap="inferno", interpolation="nearest",
@@ -127,4 +134,3 @@ def _kernel(panel: Axes, phantom: Phantom, kernel: NDArray[np.float32]) -> None:
 def _plain(panel: Axes) -> None:
     panel.spines[["top", "right"]].set_visible(False)
     panel.tick_params(labelsize=8)
-    panel.legend(fontsize=8.5, frameon=False, loc="upper right", bbox_to_anchor=(1.0, 0.93))

@@ -95,7 +95,8 @@ def print_outcome(console: Console, report: Mapping[str, Any], *, guide_reason: 
                                   else f"none: {guide_reason}"))
     table.add_row("method", f"{report['method']}, preset {report['preset']}, on {report['device']}")
     for name in sorted(metrics):
-        table.add_row("", f"{name} {metrics[name]:.4g}" if isinstance(metrics[name], float) else f"{name} {metrics[name]}")
+        value = metrics[name]
+        table.add_row("", f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}")
     table.add_row("derived", f"series {report['derived_series_uid']}, {report['derived_instances']} images in {folder}")
     table.add_row("seconds", ", ".join(f"{name} {seconds:.1f}" for name, seconds in report["seconds"].items()))
     table.add_row("check", _state("ok"))
