@@ -47,11 +47,10 @@ class Eligibility:
     remedy: str = ""
 
 
-def eligible(header: Dataset, *, own_output: bool, allow_per_frame: bool = False) -> Eligibility:
+def eligible(header: Dataset, *, own_output: bool) -> Eligibility:
     """What to do with the series that `header` (one instance, without pixels) belongs to.
 
     own_output       the ledger, the UID root or the contributing equipment say that we made it.
-    allow_per_frame  a route processes DYNAMIC and GATED series frame by frame.
     """
     if own_output:
         return Eligibility("ignored", "own-output", "own derived series coming back: it is never processed again")
@@ -59,9 +58,9 @@ def eligible(header: Dataset, *, own_output: bool, allow_per_frame: bool = False
     if sop_class in CT_CLASSES:
         return _judge_ct(header)
     if sop_class == PET_IMAGE:
-        return _judge_picture(header) or _judge_pet(header, allow_per_frame)
+        return _judge_picture(header) or _judge_pet(header)
     if sop_class == ENHANCED_PET:
-        return _judge_picture(header) or _judge_enhanced_pet(header, allow_per_frame)
+        return _judge_picture(header) or _judge_enhanced_pet(header)
     if sop_class == LEGACY_CONVERTED_PET:
         return Eligibility(
             "refused",
@@ -138,12 +137,12 @@ def _per_frame(series_type: str) -> Eligibility:
     return Eligibility(
         "refused",
         series_type.lower(),
-        f"SeriesType {series_type}: one volume per time or gate, and each frame is a study of its own in noise",
+        f"SeriesType {series_type}: one volume per time or gate, and only static and whole-body volumes are processed",
         "send the static or whole-body reconstruction of the same acquisition",
     )
 
 
-def _judge_pet(header: Dataset, allow_per_frame: bool) -> Eligibility:
+def _judge_pet(header: Dataset) -> Eligibility:
     """PET Image Storage: what is plainly not ours first, then what is missing, then what we cannot do."""
     series_type = [value.upper().replace("_", " ") for value in values(header, "SeriesType")]
     corrections = {value.upper() for value in values(header, "CorrectedImage")}
@@ -160,7 +159,7 @@ def _judge_pet(header: Dataset, allow_per_frame: bool) -> Eligibility:
     missing = [keyword for keyword in required if not values(header, keyword)]
     if missing:
         return _missing(missing)
-    if series_type[0] in PER_FRAME_TYPES and not allow_per_frame:
+    if series_type[0] in PER_FRAME_TYPES:
         return _per_frame(series_type[0])
     if series_type[0] not in (*VOLUME_TYPES, *PER_FRAME_TYPES) or series_type[1:2] != ["IMAGE"]:
         return Eligibility(
@@ -191,7 +190,7 @@ def _philips_factor(header: Dataset) -> bool:
     return any(factor is not None and factor > 0 for factor in factors)
 
 
-def _judge_enhanced_pet(header: Dataset, allow_per_frame: bool) -> Eligibility:
+def _judge_enhanced_pet(header: Dataset) -> Eligibility:
     """Enhanced PET says the same with other attributes: AttenuationCorrected, ImageType value 3, value mapping."""
     corrected = text(header, "AttenuationCorrected").upper()
     if text(header, "CountsSource").upper() == "TRANSMISSION":
@@ -215,6 +214,6 @@ def _judge_enhanced_pet(header: Dataset, allow_per_frame: bool) -> Eligibility:
     if missing:
         return _missing(missing)
     per_frame = "GATED" if "GATED" in flavour else flavour
-    if per_frame in PER_FRAME_TYPES and not allow_per_frame:
+    if per_frame in PER_FRAME_TYPES:
         return _per_frame(per_frame)
     return Eligibility("pet", "pet", f"attenuation-corrected Enhanced PET, {flavour.replace('_', ' ')}")

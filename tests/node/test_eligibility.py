@@ -41,13 +41,12 @@ def test_uncorrected_series_is_ignored_not_held():
 
 
 @pytest.mark.parametrize("series_type", ["DYNAMIC", "GATED"])
-def test_per_frame_series_is_held_unless_a_route_allows_it(series_type):
-    """DYNAMIC and GATED are refused with a remedy; a route may say per-frame."""
+def test_dynamic_and_gated_series_are_refused_with_a_remedy(series_type):
+    """Only static and whole-body volumes are processed; the remedy names what to send instead."""
     header = pet_header(SeriesType=[series_type, "IMAGE"])
     found = eligible(header, own_output=False)
     assert (found.kind, found.code) == ("refused", series_type.lower())
     assert "static" in found.remedy
-    assert verdict(header, allow_per_frame=True) == ("pet", "pet")
 
 
 @pytest.mark.parametrize(
@@ -163,7 +162,6 @@ def test_enhanced_pet_is_judged_by_its_own_attributes():
     assert verdict(enhanced_pet_header(SharedFunctionalGroupsSequence=None)) == ("refused", "header-incomplete")
     dynamic = enhanced_pet_header(ImageType=["ORIGINAL", "PRIMARY", "DYNAMIC", "NONE"])
     assert verdict(dynamic) == ("refused", "dynamic")
-    assert verdict(dynamic, allow_per_frame=True) == ("pet", "pet")
     gated = enhanced_pet_header(ImageType=["ORIGINAL", "PRIMARY", "RESP_GATED", "NONE"])
     assert verdict(gated) == ("refused", "gated")
     assert verdict(enhanced_pet_header(VolumeBasedCalculationTechnique="MAX_IP")) == ("ignored", "projection")
