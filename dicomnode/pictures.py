@@ -101,7 +101,7 @@ def _profile(panel: Axes, phantom: Phantom, source: Volume, derived: Volume) -> 
     panel.set(xlim=(mm[0], mm[-1]), ylim=(0, top))
     panel.set_xlabel("mm along the ring of spheres", fontsize=9)
     panel.set_ylabel("kBq/mL", fontsize=9)
-    panel.set_title("Profile through the centre of every sphere", loc="left", **HEAD)
+    panel.set_title("Profile through every sphere", loc="left", **HEAD)
     _plain(panel)
     panel.legend(ncols=3, fontsize=8.5, frameon=False, loc="lower right", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.2)
 

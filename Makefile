@@ -1,0 +1,75 @@
+# make demo: a study through a whole node on this machine.   make test: what must hold.   make help: the rest.
+# Nothing is installed outside .venv, except Debian packages for the tests (scripts/system-packages.sh).
+
+PYTHON  ?= python3
+VENV    ?= .venv
+OUT     ?= demo-output
+WORKERS ?= 2
+BIN     := $(VENV)/bin
+PIP     := $(BIN)/python -m pip --disable-pip-version-check
+# Numerical libraries use all cores by themselves; tests run side by side and must not.
+TEST_ENV := OMP_NUM_THREADS=1 TCP_NODELAY=1 PATH="$(CURDIR)/$(BIN):$$PATH"
+PYTEST   := $(TEST_ENV) $(BIN)/python -m pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow test-gpu check bench install system-packages clean
+
+help:
+	@echo "make demo        install into $(VENV), then run the demo into $(OUT)"
+	@echo "make test        install and run the tests (DCMTK, Orthanc and dicom3tools from Debian)"
+	@echo "make test-slow   the tests that take minutes each"
+	@echo "make test-gpu    the tests that need a CUDA device"
+	@echo "make check       ruff and mypy"
+	@echo "make bench       all benchmarks"
+	@echo "make clean       remove $(VENV), caches and $(OUT)"
+
+install: $(VENV)/.installed
+
+demo: $(VENV)/.installed
+	$(BIN)/dicomnode demo $(OUT)
+
+test: system-packages $(VENV)/.installed-test
+	$(PYTEST) -n $(WORKERS) --dist loadfile
+
+test-slow: system-packages $(VENV)/.installed-test
+	$(PYTEST) -m slow
+
+test-gpu: $(VENV)/.installed-test
+	$(PYTEST) -m gpu
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: system-packages $(VENV)/.installed-test
+	@set -e; for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+
+system-packages:
+	@sh scripts/system-packages.sh
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$(PYTHON) is $$($(PYTHON) --version 2>&1); Python 3.11 or later is needed: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "$(PYTHON) cannot make virtual environments. Remedy: sudo apt-get install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# constraints.txt pins torch to the one build that brings no CUDA; a CUDA build of the same version that is installed
+# already stays.
+$(VENV)/.installed: setup.cfg constraints.txt pyproject.toml | $(VENV)/bin/python
+	$(PIP) install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+# pyradiomics builds against the numpy that is there: no build isolation, and its build requirements first.
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[test]' setuptools wheel
+	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation pyradiomics==3.0.1
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) $(OUT) .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
