@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from sop.read import read_series
 from sop.series import SeriesInfo
 from tests.factories import pet_series
 
-NOW = datetime(2026, 3, 4, 5, 6, 7, 890000, tzinfo=timezone.utc)
+NOW = datetime(2026, 3, 4, 5, 6, 7, 890000, tzinfo=UTC)
 SHAPE = (12, 30, 26)
 
 

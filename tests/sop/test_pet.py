@@ -1,0 +1,524 @@
+"""The derived PET series: each rule of geometry, values, SUV, identity, and of writing whole or not at all."""
+
+from __future__ import annotations
+
+import copy
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydicom import dcmread
+from pydicom.dataset import Dataset
+from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
+
+from sop.check import check_derived
+from sop.derivation import is_own_output
+from sop.errors import Refused
+from sop.pet import write_derived
+from sop.read import read_series
+from tests.factories import OBLIQUE, enhanced_pet
+from tests.sop.derived_series import NOW, derivation, derive, doubled, read_back, save, source_series, values_of
+
+PET = "1.2.840.10008.5.1.4.1.1.128"
+
+
+def written(tmp_path: Path, *, image=doubled, now=NOW, changes: dict | None = None, **options: object) -> list[Dataset]:
+    """Derived data sets in order, of a source made with `options`."""
+    return read_back(derive(source_series(**options), tmp_path / "derived", image=image, now=now,
+                            **(changes or {}))[0].files)
+
+
+# Geometry
+
+
+@pytest.mark.parametrize("orientation", [(1, 0, 0, 0, 1, 0), OBLIQUE], ids=["axial", "oblique"])
+def test_the_field_of_view_stays(orientation: tuple, tmp_path: Path) -> None:
+    """Rules 1, 2: an independent reader (ITK) finds the same outer corners to a thousandth of a millimetre."""
+    source = save(source_series(orientation=orientation), tmp_path / "source")
+    files = derive(source, tmp_path / "derived")[0].files
+    corners = [_itk_corners(paths) for paths in (source, files)]
+    assert np.abs(corners[0] - corners[1]).max() < 1e-3
+
+
+def _itk_corners(paths: list[Path] | tuple[Path, ...]) -> np.ndarray:
+    reader = sitk.ImageSeriesReader()
+    names = reader.GetGDCMSeriesFileNames(str(paths[0].parent))
+    reader.SetFileNames(names)
+    image = reader.Execute()
+    ends = [(-0.5, n - 0.5) for n in image.GetSize()]
+    return np.array([image.TransformContinuousIndexToPhysicalPoint((float(i), float(j), float(k)))
+                     for i in ends[0] for j in ends[1] for k in ends[2]])
+
+
+@pytest.mark.parametrize("name", ["ge_sts001_pet_raw", "philips_suvval_pt"])
+def test_the_field_of_view_of_a_real_series_stays(name: str, shared_data: Path, tmp_path: Path) -> None:
+    """Real scanners, uneven slice steps of two per cent among them; and the whole check passes."""
+    source = sorted((shared_data / name).iterdir())
+    files = derive(source, tmp_path / "derived")[0].files
+    corners = [_itk_corners(paths) for paths in (source, files)]
+    assert np.abs(corners[0] - corners[1]).max() < 1e-3
+    assert check_derived(source, files).failures == ()
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(spacing=st.tuples(*[st.floats(0.3, 9)] * 3), origin=st.tuples(*[st.floats(-2000, 2000)] * 3),
+       oblique=st.booleans())
+def test_each_position_comes_from_the_origin(
+    spacing: tuple, origin: tuple, oblique: bool, tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """Rules 1, 4, 8: a quarter source voxel before the source on all axes, no drift, at most 16 characters."""
+    folder = tmp_path_factory.mktemp("positions")
+    source = source_series(spacing=spacing, origin=origin, orientation=OBLIQUE if oblique else (1, 0, 0, 0, 1, 0))
+    series, fine, _ = derive(source, folder / "derived")
+    for i, ds in enumerate(read_back(series.files)):
+        expected = fine.position((i, 0, 0))
+        assert np.abs(np.array(ds.ImagePositionPatient, dtype=float) - expected).max() < 1e-9 * 1e4
+        assert all(len(str(value)) <= 16 for value in ds.ImagePositionPatient)
+    first = np.array(source[0].ImagePositionPatient, dtype=float)
+    cosines = np.array(source[0].ImageOrientationPatient, dtype=float)
+    step = (np.array(source[-1].ImagePositionPatient, dtype=float) - first) / (len(source) - 1)
+    rows, columns = map(float, source[0].PixelSpacing)
+    quarter = (step + rows * cosines[3:] + columns * cosines[:3]) / 4
+    assert np.abs(fine.origin - (first - quarter)).max() < 1e-6
+
+
+def test_size_and_numbering_are_those_of_the_new_grid(tmp_path: Path) -> None:
+    """Rules 2 to 5: spacing and thickness halve, orientation is the source's text, indices rise with the position."""
+    slices = written(tmp_path, SpacingBetweenSlices="-3.27")
+    first = slices[0]
+    assert len(slices) == 24
+    assert (first.Rows, first.Columns) == (60, 52)
+    assert list(map(str, first.PixelSpacing)) == ["2.34375", "2.0"]
+    assert float(first.SliceThickness) == 1.635
+    assert float(first.SpacingBetweenSlices) == pytest.approx(1.635, abs=1e-9)
+    assert [ds.ImageIndex for ds in slices] == [ds.InstanceNumber for ds in slices] == list(range(1, 25))
+    assert {ds.NumberOfSlices for ds in slices} == {24}
+    along = [float(ds.ImagePositionPatient[2]) for ds in slices]
+    assert along == sorted(along)
+    source = source_series()[0]
+    assert first["ImageOrientationPatient"].value == source["ImageOrientationPatient"].value
+
+
+def test_spacing_between_slices_is_not_invented(tmp_path: Path) -> None:
+    """Rule 4: where the source has none, there is none."""
+    assert "SpacingBetweenSlices" not in written(tmp_path)[0]
+
+
+@pytest.mark.parametrize(("first", "step"), [(-100.0, 3.27), (500.0, -3.27)])
+def test_slice_location_counts_as_the_source_counts(first: float, step: float, tmp_path: Path) -> None:
+    """Rule 4: with the table or against it."""
+    source = source_series()
+    for i, ds in enumerate(source):
+        ds.SliceLocation = f"{first + i * step:.4f}"
+    slices = read_back(derive(source, tmp_path / "derived")[0].files)
+    expected = first + step * (np.arange(24) / 2 - 0.25)
+    assert np.allclose([float(ds.SliceLocation) for ds in slices], expected, atol=1e-6)
+
+
+def test_a_slice_location_that_follows_nothing_is_left_out(tmp_path: Path) -> None:
+    """Neither guessed nor copied."""
+    source = source_series()
+    for i, ds in enumerate(source):
+        ds.SliceLocation = str(i * i)
+    assert "SliceLocation" not in read_back(derive(source, tmp_path / "derived")[0].files)[0]
+
+
+def test_frame_of_reference_stays(tmp_path: Path) -> None:
+    """Rule 6: the type 2 indicator is present even where the source forgot it."""
+    slices = written(tmp_path, PositionReferenceIndicator=None)
+    assert {ds.FrameOfReferenceUID for ds in slices} == {source_series()[0].FrameOfReferenceUID}
+    assert all(ds.PositionReferenceIndicator in ("", None) for ds in slices)
+
+
+def test_a_shuffled_source_gives_the_same_files(tmp_path: Path) -> None:
+    """The order of arrival is no part of the result: byte for byte."""
+    source = source_series()
+    a = derive(source, tmp_path / "a")[0].files
+    b = derive(source[::-1], tmp_path / "b")[0].files
+    assert [path.name for path in a] == [path.name for path in b]
+    assert all(one.read_bytes() == other.read_bytes() for one, other in zip(a, b))
+
+
+# Values
+
+
+def test_values_come_back_to_a_hundredth_of_a_percent(tmp_path: Path) -> None:
+    """Rules 12 to 14, 17: intercept 0, codes 0..32767, the rounded slope is the divisor."""
+    series, fine, _ = derive(source_series(), tmp_path / "derived")
+    for plane, ds in zip(fine.array, read_back(series.files)):
+        assert float(ds.RescaleIntercept) == 0
+        assert len(str(ds.RescaleSlope)) <= 16
+        assert 0 <= ds.pixel_array.min() <= ds.pixel_array.max() <= 32767
+        assert np.abs(values_of(ds) - plane).max() < 1e-4 * plane.max()
+        assert (ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.SamplesPerPixel) == (16, 16, 15, 1)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(exponent=st.floats(-25, 30), seed=st.integers(0, 1000))
+def test_any_magnitude_keeps_its_precision(
+    exponent: float, seed: int, tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """From the smallest activity to the largest a float holds."""
+    rng = np.random.default_rng(seed)
+    fine = (rng.random((4, 8, 8)) * 10.0**exponent).astype(np.float32)
+    series, image, _ = derive(source_series(slices=2, rows=4, columns=4, values=np.ones((2, 4, 4))),
+                              tmp_path_factory.mktemp("magnitude") / "derived", image=lambda y: fine)
+    for plane, ds in zip(image.array, read_back(series.files)):
+        assert np.abs(values_of(ds) - plane).max() < 1e-4 * plane.max()
+
+
+def test_an_empty_slice_has_a_positive_slope(tmp_path: Path) -> None:
+    """Rule 13."""
+    def with_empty_slice(y: np.ndarray) -> np.ndarray:
+        fine = doubled(y)
+        fine[5] = 0
+        return fine
+    slices = written(tmp_path, image=with_empty_slice)
+    assert float(slices[5].RescaleSlope) > 0
+    assert slices[5].pixel_array.max() == 0
+
+
+def test_a_source_of_nothing_can_be_derived(tmp_path: Path) -> None:
+    """All zeros in, all zeros out."""
+    slices = written(tmp_path, values=np.zeros((12, 30, 26)))
+    assert all(ds.pixel_array.max() == 0 and float(ds.RescaleSlope) > 0 and float(ds.WindowWidth) >= 1 for ds in slices)
+
+
+def test_small_undershoots_become_zero_and_large_ones_are_refused(tmp_path: Path) -> None:
+    """Rule 12: no offset, no hidden gain of activity."""
+    def undershooting(size: float):
+        def image(y: np.ndarray) -> np.ndarray:
+            fine = doubled(y)
+            fine[3, 0, :8] = -size
+            return fine
+        return image
+    assert written(tmp_path / "small", image=undershooting(1.0))[3].pixel_array[0, 0] == 0
+    with pytest.raises(Refused, match="below zero") as refused:
+        written(tmp_path / "large", image=undershooting(1e6))
+    assert refused.value.code == "negative-values"
+    assert refused.value.series == source_series()[0].SeriesInstanceUID
+
+
+def test_the_concentration_is_not_divided_among_sub_voxels(tmp_path: Path) -> None:
+    """Rule 15: the mean of Bq/mL stays."""
+    slices = written(tmp_path, image=lambda y: np.repeat(np.repeat(np.repeat(y, 2, 0), 2, 1), 2, 2))
+    before = np.mean([values_of(ds) for ds in source_series()])
+    assert np.mean([values_of(ds) for ds in slices]) == pytest.approx(before, rel=1e-4)
+
+
+def test_one_window_for_the_series(tmp_path: Path) -> None:
+    """Rule 18: the source's where all slices share it; else one that fits, never narrower than 1."""
+    shared = written(tmp_path / "shared", WindowCenter="5000", WindowWidth="10000")
+    assert {(str(ds.WindowCenter), str(ds.WindowWidth)) for ds in shared} == {("5000.0", "10000.0")}
+    source = source_series()
+    for i, ds in enumerate(source):
+        ds.WindowCenter, ds.WindowWidth = str(100 + i), "0.5"
+    fitted = read_back(derive(source, tmp_path / "fitted")[0].files)
+    assert len({(str(ds.WindowCenter), str(ds.WindowWidth)) for ds in fitted}) == 1
+    assert 1 <= float(fitted[0].WindowWidth) <= max(values_of(ds).max() for ds in fitted)
+
+
+@pytest.mark.parametrize(("signed", "representation"), [(True, 1), (False, 0)])
+def test_pixel_representation_is_the_same_throughout(signed: bool, representation: int, tmp_path: Path) -> None:
+    """Rules 7, 14: the source's, and the codes read alike either way."""
+    assert {ds.PixelRepresentation for ds in written(tmp_path, signed=signed)} == {representation}
+
+
+# Units, SUV and time
+
+
+def test_philips_counts_stay_counts_with_their_factors_in_place(tmp_path: Path) -> None:
+    """Rule 16: stored x slope is counts again; creator and factors keep their fixed tags."""
+    source = source_series(vendor="PHILIPS", units="CNTS", values=source_values(100.0))
+    series, fine, info = derive(source, tmp_path / "derived")
+    assert info.unit == "Bq/ml"
+    for plane, ds in zip(fine.array, read_back(series.files)):
+        assert ds.Units == "CNTS"
+        assert ds[0x7053, 0x0010].value == "Philips PET Private Group"
+        assert str(ds[0x7053, 0x1000].value) == "0.0002683712"
+        assert str(ds[0x7053, 0x1009].value) == "2.134638"
+        assert np.abs(values_of(ds) * 2.134638 - plane).max() < 1e-4 * plane.max()
+
+
+def source_values(divisor: float) -> np.ndarray:
+    """The usual image in smaller numbers."""
+    return np.stack([values_of(ds) for ds in source_series()]) / divisor
+
+
+def test_what_comes_from_the_scanner_comes_from_the_parent_slice(tmp_path: Path) -> None:
+    """Rules 19 to 28: derived slice i repeats source slice i // 2, times as text, fractions too."""
+    source = source_series(SeriesTime="111000.05", TimezoneOffsetFromUTC="+0100", LossyImageCompression="01",
+                           LossyImageCompressionRatio="3.5", LossyImageCompressionMethod="ISO_10918_1")
+    for i, ds in enumerate(source):
+        ds.AcquisitionTime, ds.DecayFactor, ds.ActualFrameDuration = f"1110{i:02d}.070", f"1.{i:03d}", str(1000 + i)
+    files = derive(save(source, tmp_path / "source"), tmp_path / "derived")[0].files
+    for i, ds in enumerate(read_back(files)):
+        parent = source[i // 2]
+        for keyword in ("SeriesDate", "SeriesTime", "AcquisitionDate", "AcquisitionTime", "StudyTime",
+                        "FrameReferenceTime", "DecayFactor", "ActualFrameDuration", "DecayCorrection", "CorrectedImage",
+                        "PatientWeight", "PatientSize", "PatientSex", "DoseCalibrationFactor", "ScatterFractionFactor",
+                        "ReconstructionMethod", "ReconstructionDiameter", "TimezoneOffsetFromUTC", "Units",
+                        "LossyImageCompression", "LossyImageCompressionRatio", "LossyImageCompressionMethod",
+                        "RadiopharmaceuticalInformationSequence", "Manufacturer", "ManufacturerModelName",
+                        "AccessionNumber", "StudyInstanceUID", "PatientID", "PatientBirthDate"):
+            assert str(ds[keyword].value) == str(parent[keyword].value), keyword
+        assert ds.private_block(0x0009, "GEMS_PETD_01")[0x0D].value == "20200102111000.00"
+
+
+def test_the_time_of_processing_goes_where_it_belongs(tmp_path: Path) -> None:
+    """Rules 19, 28, 32: creation, content and contribution time, in the time zone of the copied times."""
+    ds = written(tmp_path, TimezoneOffsetFromUTC="+0130")[0]
+    assert (ds.InstanceCreationDate, ds.InstanceCreationTime) == ("20260304", "063607.890000")
+    assert (ds.ContentDate, ds.ContentTime) == ("20260304", "063607.890000")
+    assert ds.ContributingEquipmentSequence[0].ContributionDateTime == "20260304063607.890000+0130"
+    assert (ds.SeriesDate, ds.SeriesTime) == ("20200102", "111000")
+
+
+@pytest.mark.parametrize(("now", "expected"), [
+    (datetime(2026, 1, 2, 3, 4, 5), "20260102030405.000000"),
+    (datetime(2026, 1, 2, 3, 4, 5, tzinfo=timezone(timedelta(hours=-5))), "20260102030405.000000-0500"),
+])
+def test_without_a_time_zone_in_the_source_the_clock_is_written_as_given(
+    now: datetime, expected: str, tmp_path: Path,
+) -> None:
+    """Nothing is guessed of the zone of the scanner."""
+    assert written(tmp_path, now=now)[0].ContributingEquipmentSequence[0].ContributionDateTime == expected
+
+
+def test_a_series_that_contradicts_itself_is_refused(tmp_path: Path) -> None:
+    """Rule 24: two weights in one series, no SUV can be trusted; nothing is left behind."""
+    source = source_series()
+    source[4].PatientWeight = "93"
+    with pytest.raises(Refused, match="PatientWeight") as refused:
+        derive(source, tmp_path / "derived")
+    assert refused.value.code == "series-attributes-differ"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_series_without_attenuation_correction_gains_none(tmp_path: Path) -> None:
+    """Rule 26."""
+    assert "ATTN" not in written(tmp_path, attenuation_corrected=False)[0].CorrectedImage
+
+
+# Identity
+
+
+def test_a_series_of_its_own_in_the_same_study(tmp_path: Path) -> None:
+    """Rules 29, 30, 33: new UIDs, DERIVED PRIMARY, a number and a name of its own; file meta as in the data set."""
+    series, _, info = derive(source_series(), tmp_path / "derived")
+    slices = read_back(series.files)
+    assert {ds.SeriesInstanceUID for ds in slices} == {series.series_instance_uid} != {info.series_instance_uid}
+    assert tuple(ds.SOPInstanceUID for ds in slices) == series.sop_instance_uids
+    for ds in slices:
+        assert ds.file_meta.MediaStorageSOPInstanceUID == ds.SOPInstanceUID
+        assert ds.file_meta.MediaStorageSOPClassUID == ds.SOPClassUID == PET
+        assert ds.file_meta.TransferSyntaxUID == ExplicitVRLittleEndian
+        assert list(ds.ImageType) == ["DERIVED", "PRIMARY"]
+    assert (slices[0].SeriesNumber, slices[0].SeriesDescription) == (1005, "NBD deblurred")
+    assert (series.series_number, series.series_description) == (1005, "NBD deblurred")
+
+
+@pytest.mark.parametrize(("changes", "number", "description"), [
+    ({"taken_series_numbers": {1005, 1006}}, 1007, "NBD deblurred"),
+    ({"series_number_offset": 50}, 55, "NBD deblurred"),
+    ({"series_description": "{source} NBD"}, 1005, "PET AC NBD"),
+    ({"preset": "preview"}, 1005, "NBD deblurred (preview)"),
+    ({"preset": "preview", "series_description": "Preview of {source}"}, 1005, "Preview of PET AC"),
+    ({"series_description": "{source} " + "x" * 61}, 1005, "PE " + "x" * 61),
+])
+def test_number_and_description_can_be_told(changes: dict, number: int, description: str, tmp_path: Path) -> None:
+    """Rule 33: past the numbers that are taken; a preview always says so; at most 64 characters."""
+    ds = written(tmp_path, changes=changes)[0]
+    assert (ds.SeriesNumber, ds.SeriesDescription) == (number, description)
+
+
+def test_it_says_how_it_was_made(tmp_path: Path) -> None:
+    """Rule 31: method, preset, version, kernel width and guide; before them what the source says of itself."""
+    ds = written(tmp_path, changes={"guide_series_uid": "1.2.3.4"}, DerivationDescription="anonymised",
+                 ImageComments="arms up")[0]
+    for text in ("nbd", "best", "1.2.3", "5.50 x 6.00 x 6.25 mm", "1.2.3.4", "anonymised"):
+        assert text in ds.DerivationDescription
+    code = ds.DerivationCodeSequence[0]
+    assert (code.CodeValue, code.CodingSchemeDesignator) == ("113085", "DCM")
+    assert ds.ImageComments == "Research use, not for diagnosis; arms up"
+
+
+def test_a_site_may_turn_off_the_research_comment(tmp_path: Path) -> None:
+    """Then the source's comment stays, and none is made up."""
+    assert written(tmp_path / "a", changes={"research_use": False}, ImageComments="arms up")[0].ImageComments == "arms up"
+    assert "ImageComments" not in written(tmp_path / "b", changes={"research_use": False})[0]
+
+
+def test_it_says_from_what_it_was_made(tmp_path: Path) -> None:
+    """Rule 31: the source slices on either side, purpose 121322, all listed under their series."""
+    source = source_series()
+    slices = read_back(derive(source, tmp_path / "derived")[0].files)
+    for i, ds in enumerate(slices):
+        named = [item.ReferencedSOPInstanceUID for item in ds.SourceImageSequence]
+        sides = [i // 2, i // 2 + (1 if i % 2 else -1)]
+        assert named == [source[s].SOPInstanceUID for s in sides if 0 <= s < len(source)]
+        assert {item.PurposeOfReferenceCodeSequence[0].CodeValue for item in ds.SourceImageSequence} == {"121322"}
+        assert ds.ReferencedSeriesSequence[0].SeriesInstanceUID == source[0].SeriesInstanceUID
+        listed = {item.ReferencedSOPInstanceUID for item in ds.ReferencedSeriesSequence[0].ReferencedInstanceSequence}
+        assert listed == set(named)
+
+
+def test_it_says_by_whom_it_was_made_and_is_recognised(tmp_path: Path) -> None:
+    """Rules 32, 38: our equipment beside what the source names; a series that comes back is known."""
+    earlier = Dataset()
+    earlier.Manufacturer = "Gateway"
+    ds = written(tmp_path, changes={"institution": "Hospital", "station": "NODE1"},
+                 ContributingEquipmentSequence=[earlier])[0]
+    theirs, ours = ds.ContributingEquipmentSequence
+    assert theirs.Manufacturer == "Gateway"
+    assert (ours.Manufacturer, ours.SoftwareVersions) == ("dicomnode", "1.2.3")
+    assert (ours.InstitutionName, ours.StationName) == ("Hospital", "NODE1")
+    assert ours.PurposeOfReferenceCodeSequence[0].CodeValue == "109102"
+    assert is_own_output(ds)
+    assert not is_own_output(source_series()[0])
+
+
+def test_own_output_is_known_by_the_root_of_the_site_alone(tmp_path: Path) -> None:
+    """A PACS may drop sequences; the generic root is anybody's."""
+    ds = written(tmp_path, changes={"uid_root": "1.2.840.99999"})[0]
+    del ds.ContributingEquipmentSequence
+    assert is_own_output(ds, "1.2.840.99999")
+    assert not is_own_output(ds, "1.2.840.9999")
+    ds.SeriesInstanceUID = "2.25.1"
+    assert not is_own_output(ds)
+
+
+@pytest.mark.parametrize(("charset", "name"), [
+    ("ISO_IR 100", "Müller^Jörg".encode("latin-1")),
+    ("ISO_IR 192", "山田^太郎".encode()),
+    (["", "ISO 2022 IR 87"], b"Yamada^Tarou=\x1b$B;3ED\x1b(B^\x1b$BB@O:\x1b(B"),
+    ("ISO_IR 100", b"M\x81ller^\xff\xfe"),
+    ("ISO_IR 192", b"broken\xff\xfe^utf"),
+])
+@pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, ImplicitVRLittleEndian])
+def test_names_survive_byte_for_byte(charset: str | list[str], name: bytes, syntax: str, tmp_path: Path) -> None:
+    """Rule 34: also where the bytes do not fit the character set they claim."""
+    name += b" " * (len(name) % 2)
+    source = source_series(SpecificCharacterSet=charset, PatientName="@" * len(name))
+    for ds in source:
+        ds.file_meta.TransferSyntaxUID = syntax
+    paths = save(source, tmp_path / "source")
+    for path in paths:
+        path.write_bytes(path.read_bytes().replace(b"@" * len(name), name))
+    for path in derive(paths, tmp_path / "derived")[0].files:
+        raw = dcmread(path).get_item("PatientName")
+        assert raw.value == name
+
+
+def test_what_describes_the_old_grid_is_gone(tmp_path: Path) -> None:
+    """Rule 11: overlays, icon, ranges, private copies; the factors of the same private block stay."""
+    source = source_series(vendor="PHILIPS", units="CNTS", PixelAspectRatio=["1", "1"], SmallestImagePixelValue=0,
+                           LargestImagePixelValue=99, NumberOfTimeSlices=1)
+    for ds in source:
+        ds.add_new((0x6000, 0x0010), "US", 30)
+        ds.add_new((0x6002, 0x3000), "OW", b"\0\0")
+        icon = Dataset()
+        icon.Rows = 1
+        ds.IconImageSequence = [icon]
+        ds.private_block(0x7053, "Philips PET Private Group").add_new(0x03, "LO", "old.img")
+        for creator, elements in (("SIEMENS CSA HEADER", (0x10, 0x20)), ("GEMS_PETD_01", (0x69, 0xA2, 0xDF, 0x0D))):
+            block = ds.private_block(0x0029 if "CSA" in creator else 0x0009, creator, create=True)
+            for element in elements:
+                block.add_new(element, "OB" if element != 0x0D else "DT", b"\1\2" if element != 0x0D else "20200102")
+    ds = read_back(derive(source, tmp_path / "derived")[0].files)[0]
+    for keyword in ("PixelAspectRatio", "SmallestImagePixelValue", "LargestImagePixelValue", "IconImageSequence",
+                    "NumberOfTimeSlices"):
+        assert keyword not in ds
+    assert not [tag for tag in ds.keys() if tag.group & 0xFF00 == 0x6000]  # noqa: SIM118
+    assert (0x7053, 0x1003) not in ds and (0x7053, 0x1009) in ds
+    assert (0x0029, 0x1010) not in ds and (0x0029, 0x1020) not in ds
+    assert (0x0009, 0x1069) not in ds and (0x0009, 0x10A2) not in ds and (0x0009, 0x10DF) not in ds
+    assert (0x0009, 0x100D) in ds
+    assert "ReconstructionDiameter" in ds
+
+
+def test_forbidden_attributes_are_not_added(tmp_path: Path) -> None:
+    """Rule 35: no PatientPosition beside PatientOrientationCodeSequence."""
+    assert "PatientPosition" not in written(tmp_path)[0]
+
+
+def test_standard_extended_attributes_stay(tmp_path: Path) -> None:
+    """Rule 37: RescaleType and the like are copied."""
+    assert written(tmp_path, RescaleType="BQML")[0].RescaleType == "BQML"
+
+
+def test_an_enhanced_source_gives_a_classic_series(tmp_path: Path) -> None:
+    """Rule 29: classic PET images that refer to the frames; what the enhanced image says in its own way is translated."""
+    slices = source_series()
+    source = enhanced_pet(slices=12, rows=30, columns=26, values=np.stack([values_of(ds) for ds in slices]))
+    derived = read_back(derive([source], tmp_path / "derived")[0].files)
+    assert {ds.SOPClassUID for ds in derived} == {PET}
+    assert len({ds.SOPInstanceUID for ds in derived}) == 24
+    assert "PerFrameFunctionalGroupsSequence" not in derived[0] and "NumberOfFrames" not in derived[0]
+    assert derived[7].SourceImageSequence[0].ReferencedFrameNumber == 4
+    assert derived[0].Units == "BQML" and "assumed" not in derived[0].DerivationDescription
+
+
+# Whole or not at all
+
+
+def test_the_same_derivation_twice_is_the_same_series(tmp_path: Path) -> None:
+    """Promise 2: byte for byte, whenever; and writing into the same folder replaces it."""
+    first = derive(source_series(), tmp_path / "a")[0]
+    again = derive(source_series(), tmp_path / "b")[0]
+    assert [path.read_bytes() for path in first.files] == [path.read_bytes() for path in again.files]
+    replaced = derive(source_series(), tmp_path / "a", now=datetime(2027, 1, 1))[0]
+    assert replaced.sop_instance_uids == first.sop_instance_uids
+    assert sorted((tmp_path / "a").iterdir()) == sorted(replaced.files)
+    assert dcmread(replaced.files[0]).ContentDate == "20270101"
+
+
+def test_a_folder_in_use_is_left_alone(tmp_path: Path) -> None:
+    """What is not of this series is never removed."""
+    (tmp_path / "derived").mkdir()
+    (tmp_path / "derived" / "letter.txt").write_text("keep me")
+    with pytest.raises(FileExistsError, match=r"letter\.txt"):
+        derive(source_series(), tmp_path / "derived")
+    assert [path.name for path in (tmp_path / "derived").iterdir()] == ["letter.txt"]
+
+
+def test_a_failure_half_way_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk at the tenth file: no folder, no part of one."""
+    written_files = []
+
+    def failing(path: Path, *parts: bytes) -> None:
+        written_files.append(path)
+        if len(written_files) == 10:
+            raise OSError(28, "No space left on device")
+        path.write_bytes(b"".join(parts))
+
+    monkeypatch.setattr("sop.pet._write_flushed", failing)
+    with pytest.raises(OSError, match="No space"):
+        derive(source_series(), tmp_path / "derived")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_writer_left_is_cleared_away(tmp_path: Path) -> None:
+    """The next attempt begins afresh."""
+    (tmp_path / ".derived.partial").mkdir()
+    (tmp_path / ".derived.partial" / "junk.dcm").write_bytes(b"half")
+    series = derive(source_series(), tmp_path / "derived")[0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["derived"]
+    assert len(list((tmp_path / "derived").iterdir())) == len(series.files)
+
+
+def test_an_image_of_another_grid_or_unit_is_refused(tmp_path: Path) -> None:
+    """Not doubled, shifted by a quarter voxel, of another shape, in another unit: nothing is written."""
+    volume, info = read_series(source_series())
+    fine = volume.doubled(doubled(volume.array))
+    moved = copy.copy(fine)
+    object.__setattr__(moved, "origin", volume.origin)
+    for image, code in ((volume, "grid"), (moved, "grid"), (fine.with_array(fine.array, unit="g/ml{SUVbw}"), "unit")):
+        with pytest.raises(Refused) as refused:
+            write_derived(image, info, derivation(), tmp_path / "derived", now=NOW)
+        assert refused.value.code == code
+    assert list(tmp_path.iterdir()) == []
