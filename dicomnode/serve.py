@@ -30,7 +30,7 @@ READY = "ready"
 POLL_S = 0.2
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0
 STEADY_S = 60.0  # a child that lived so long starts again without delay
-FIRST_STARTS = 5  # before the node was ever ready: then something is wrong for good, such as a port in use
+FIRST_STARTS = 3  # before the node was ever ready: then something is wrong for good, such as a port in use
 CHILD_GRACE_S = 9.0
 
 log = get_logger(__name__)

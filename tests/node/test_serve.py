@@ -1,0 +1,181 @@
+"""The whole node as one process tree: it says `ready` once, heals itself, ends cleanly, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dicomnode import process
+from tests.peers import REPOSITORY, echoscu, free_port, wait_until
+
+
+class Node:
+    """`dicomnode serve` on a fresh data directory."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.port = folder, free_port()
+        self.config = folder / "node.toml"
+        self.config.write_text(
+            f'[node]\nport = {self.port}\ndata_dir = "{folder / "data"}"\n[reception]\nlow_disk_mb = 1\n'
+            '[[peer]]\nname = "SCANNER"\nae_title = "SCANNER"\nhost = "127.0.0.1"\n')
+        self.process: subprocess.Popen[str] | None = None
+
+    def start(self, **environment: str) -> subprocess.Popen[str]:
+        with (self.folder / "log").open("a") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "dicomnode", "serve", "--config", str(self.config)], cwd=REPOSITORY, text=True,
+                stdout=subprocess.PIPE, stderr=log, env={**os.environ, **environment})
+        return self.process
+
+    def children(self) -> dict[str, int]:
+        """Part name -> process id, from /proc."""
+        assert self.process is not None
+        found = {}
+        for entry in Path("/proc").iterdir():
+            if not entry.name.isdecimal():
+                continue
+            try:
+                parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+                words = (entry / "cmdline").read_bytes().decode().split("\0")
+            except (OSError, IndexError):
+                continue
+            if parent == self.process.pid and "dicomnode" in words:
+                found[words[words.index("dicomnode") + 1]] = int(entry.name)
+        return found
+
+    def end(self) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.process.kill()
+        if self.process is not None:
+            self.process.communicate(timeout=30)
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Iterator[Node]:
+    node = Node(tmp_path)
+    yield node
+    node.end()
+
+
+def started(node: Node) -> subprocess.Popen[str]:
+    """The node, running; its first line was `ready`."""
+    running = node.start()
+    assert running.stdout is not None
+    assert running.stdout.readline() == "ready\n", (node.folder / "log").read_text()[-3000:]
+    return running
+
+
+def echo(node: Node) -> bool:
+    return echoscu(node.port).returncode == 0
+
+
+def gone(pid: int) -> bool:
+    return not Path(f"/proc/{pid}").exists()
+
+
+def test_it_says_ready_once_when_it_accepts_associations_and_ends_cleanly_on_sigterm(node: Node) -> None:
+    """`ready` means a C-ECHO succeeds now; SIGTERM: status 0 within ten seconds, no child left, no other line."""
+    running = started(node)
+    assert echo(node)
+    children = node.children()
+    assert set(children) == {"receive", "work"}
+    begun = time.monotonic()
+    running.send_signal(signal.SIGTERM)
+    rest, _ = running.communicate(timeout=30)
+    assert running.returncode == 0 and rest == ""
+    assert time.monotonic() - begun < 10
+    assert all(gone(pid) for pid in children.values())
+
+
+def test_a_killed_supervisor_takes_its_children_along_and_a_new_one_starts_at_once(node: Node) -> None:
+    """kill -9 of serve: the children die with it, port and data directory are free."""
+    running = started(node)
+    children = node.children()
+    running.kill()
+    running.communicate()
+    wait_until("the children to die", lambda: all(gone(pid) for pid in children.values()), timeout_s=10)
+    started(node)
+    assert echo(node)
+
+
+@pytest.mark.parametrize("part", ["receive", "work"])
+def test_a_killed_part_is_started_again(node: Node, part: str) -> None:
+    """kill -9 of the receiver or the worker: the other lives on, a new one is there within seconds."""
+    started(node)
+    before = node.children()
+    os.kill(before[part], signal.SIGKILL)
+    other = "work" if part == "receive" else "receive"
+    wait_until("a new process", lambda: node.children().get(part, before[part]) != before[part], timeout_s=20)
+    assert node.children()[other] == before[other]
+    wait_until("C-ECHO", lambda: echo(node), timeout_s=20)
+
+
+def test_a_port_in_use_ends_the_node_with_the_reason(node: Node) -> None:
+    """Never ready: after a few starts it gives up, says why on standard error, and fails."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", node.port))
+        taken.listen()
+        running = node.start()
+        out, _ = running.communicate(timeout=60)
+    assert out == "" and running.returncode != 0
+    log = (node.folder / "log").read_text()
+    assert "receive ended 3 times before the node was ready" in log and "Address already in use" in log
+
+
+def test_the_service_manager_is_told(node: Node, tmp_path: Path) -> None:
+    """Type=notify: READY=1 once ready, WATCHDOG=1 again and again, STOPPING=1 at the end."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(30)
+        running = node.start(NOTIFY_SOCKET=str(tmp_path / "notify"), WATCHDOG_USEC="400000")
+        heard: list[str] = []
+        while "READY=1" not in heard or heard.count("WATCHDOG=1") < 3:
+            heard.append(manager.recv(100).decode())
+        running.send_signal(signal.SIGTERM)
+        while "STOPPING=1" not in heard:
+            heard.append(manager.recv(100).decode())
+        running.communicate(timeout=30)
+    assert heard.count("READY=1") == 1
+
+
+def test_without_a_service_manager_nothing_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NOTIFY_SOCKET unset, or gone."""
+    monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
+    assert process.notify("READY=1") is False
+    monkeypatch.setenv("NOTIFY_SOCKET", "/nonexistent/socket")
+    assert process.notify("READY=1") is False
+
+
+@pytest.mark.parametrize(("environment", "interval_s"), [
+    ({}, None), ({"WATCHDOG_USEC": "30000000"}, 15.0), ({"WATCHDOG_USEC": "30000000", "WATCHDOG_PID": "1"}, None),
+    ({"WATCHDOG_USEC": "soon"}, None),
+])
+def test_the_watchdog_is_fed_twice_as_often_as_it_asks(
+        monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], interval_s: float | None) -> None:
+    """Half of WATCHDOG_USEC, and only if it is meant for this process."""
+    for name in ("WATCHDOG_USEC", "WATCHDOG_PID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert process.watchdog_interval_s() == interval_s
+
+
+def test_a_process_that_ignores_sigterm_is_killed() -> None:
+    """The grace is short, then SIGKILL."""
+    stubborn = subprocess.Popen(
+        [sys.executable, "-c", "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+         "print('here', flush=True); time.sleep(60)"], stdout=subprocess.PIPE, start_new_session=True)
+    assert stubborn.stdout is not None
+    stubborn.stdout.readline()
+    started_at = time.monotonic()
+    assert process.end(stubborn, grace_s=0.3) == -signal.SIGKILL
+    stubborn.stdout.close()
+    assert time.monotonic() - started_at < 5
