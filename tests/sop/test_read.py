@@ -228,6 +228,14 @@ def test_uneven_steps_are_refused_and_small_ones_are_not():
     assert refusal(series).code == "uneven-spacing"
 
 
+def test_steps_that_drift_off_the_grid_are_refused():
+    """Each step within tolerance, but the spacing changes half-way: no grid fits."""
+    series = pet_series(slices=40, rows=4, columns=4, spacing=(4.0, 4.0, 4.0))
+    for index, ds in enumerate(series):
+        ds.ImagePositionPatient[2] = -100 + 4.0 * index + 0.12 * max(0, index - 20)
+    assert refusal(series).code == "uneven-spacing"
+
+
 def test_sheared_stack_is_refused_and_oblique_is_not():
     """A tilted gantry gives slices that are not above one another."""
     assert refusal(pet_series(lateral_mm=0.2)).code == "sheared"
@@ -422,11 +430,12 @@ def test_damaged_bytes_give_a_volume_or_a_refusal(tmp_path_factory, kind, change
     assert volume is not None or (refused.code and refused.reason and refused.remedy)
 
 
-def test_broken_compressed_pixels_are_refused(tmp_path):
-    """A decoder's own exception does not come through."""
+@pytest.mark.parametrize("syntax", [JPEG2000Lossless, JPEGLSLossless, RLELossless], ids=lambda uid: uid.name)
+def test_broken_compressed_pixels_are_refused(tmp_path, syntax):
+    """A decoder's own exception, panic or abort does not come through."""
     series = pet_series(slices=2, rows=64, columns=64)
     for ds in series:
-        ds.compress(JPEG2000Lossless, generate_instance_uid=False)
+        ds.compress(syntax, generate_instance_uid=False)
     series[1].PixelData = series[1].PixelData[:60] + bytes(len(series[1].PixelData) - 60)
     assert refusal(save(series, tmp_path)).code in {"undecodable", "truncated"}
 
