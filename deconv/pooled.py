@@ -29,7 +29,8 @@ class PooledBlur:
 
     kernel       odd sizes, sum > 0 (it is scaled to sum 1); a convolution kernel.
     kernel_grid  "fine": voxels of the doubled grid, y = P(x ∗ k). "pet": voxels of the PET grid, y = P(x) ∗ k.
-    margin       PET voxels added along each axis at least; the kernel's reach unless given.
+    margin       PET voxels added along each axis at least; unless given twice the kernel's reach, so that one
+                 border does not see the opposite one.
     Raises ValueError for an even or empty kernel or another `kernel_grid`.
     """
 
@@ -49,7 +50,7 @@ class PooledBlur:
             raise ValueError(f"kernel_grid must be 'fine' or 'pet', got {kernel_grid!r}")
         scale = 2 if kernel_grid == "fine" else 1
         self.shape: Triple = (int(shape[0]), int(shape[1]), int(shape[2]))
-        reach = [n // 2 // scale + 1 if margin is None else margin for n in kernel.shape]
+        reach = [2 * (n // 2 // scale + 1) if margin is None else margin for n in kernel.shape]
         self.coarse: Triple = _triple(smooth_length(n + max(r, 2)) for n, r in zip(self.shape, reach, strict=True))
         self.fine: Triple = _triple(2 * n for n in self.coarse)
         self.device = torch.device(device)
