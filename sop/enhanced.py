@@ -59,13 +59,16 @@ LARGEST_DOSE_MBQ = 1e5
 
 
 def enhanced_slices(header: Dataset, path: Path | None) -> list[Slice]:
-    """One Slice per frame, in frame order. Raises Refused "malformed", "units-unsupported"."""
+    """One Slice per frame, in frame order. Raises Refused "malformed", "concatenation",
+    "units-unsupported"."""
     frames = integer(header, "NumberOfFrames", default=1)
     shared = items(header, "SharedFunctionalGroupsSequence") or [Dataset()]
     each = items(header, "PerFrameFunctionalGroupsSequence")
     if len(each) != frames:
         reason = f"PerFrameFunctionalGroupsSequence has {len(each)} items for {frames} frames"
         raise Refused("malformed", reason, RESEND)
+    if integer(header, "InConcatenationTotalNumber", default=1) > 1:
+        raise Refused("concatenation", "the image comes in parts (concatenation)", "send it as one instance")
     common = without_pixels(header)
     for keyword in (*MULTIFRAME_ONLY, *CORRECTIONS, "DecayCorrectionDateTime"):
         common.pop(Tag(keyword), None)

@@ -137,8 +137,8 @@ def _check_steps(along: NDArray[np.float64]) -> None:
     if off.max() > GRID_TOLERANCE * usual:
         raise Refused(
             "uneven-spacing",
-            f"the slice at {along[int(off.argmax())]:.3f} mm along the normal lies {off.max():.3f} mm off the even grid "
-            f"(tolerance {100 * GRID_TOLERANCE:.0f} % of {usual:.3f} mm)",
+            f"the slice at {along[int(off.argmax())]:.3f} mm along the normal lies {off.max():.3f} mm off the even "
+            f"grid (tolerance {100 * GRID_TOLERANCE:.0f} % of {usual:.3f} mm)",
             "reconstruct the series with one slice spacing",
         )
 

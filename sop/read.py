@@ -150,7 +150,8 @@ def _without_duplicates(found: Sequence[_Found], notes: list[str]) -> list[_Foun
     for item in found:
         key = (item.slice.sop_instance_uid, item.slice.frame)
         known = by_instance.setdefault(key, item)
-        if known is not item and not np.array_equal(_stored(known), _stored(item)):
+        # All frames of an instance are compared at its first one, so that it is not decoded once per frame.
+        if known is not item and item.slice.frame in (None, 1) and not np.array_equal(_all_frames(known), _all_frames(item)):
             raise Refused("conflict", f"SOP Instance UID {key[0]} stands for two different images",
                           "find which of them is right and remove the other")
     unique = sorted(by_instance.values(), key=_rank)
@@ -251,7 +252,3 @@ def _all_frames(item: _Found) -> NDArray:
         columns=integer(header, "Columns"),
         frames=item.frames,
     )
-
-
-def _stored(item: _Found) -> NDArray:
-    return _all_frames(item)[(item.slice.frame or 1) - 1]

@@ -74,8 +74,8 @@ class SUVFactors:
 def lean_mass_hume_kg(weight_kg: float, size_m: float, sex: str) -> float:
     """Lean body mass after [H66], sex "M" or "F".
 
-    >>> round(lean_mass_hume_kg(75.0, 1.85, "M"), 4)
-    57.8426
+    >>> round(lean_mass_hume_kg(75.0, 1.85, "M"), 2)
+    57.84
     """
     if sex == "M":
         return 0.3281 * weight_kg + 0.33929 * size_m * 100 - 29.5336

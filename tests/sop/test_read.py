@@ -371,6 +371,14 @@ def test_enhanced_pet_of_several_times_is_refused():
     assert refusal([silent]).code == "dynamic"
 
 
+def test_enhanced_pet_sent_twice_is_taken_once():
+    """The same instance again changes nothing; a part of an image is refused."""
+    source = enhanced_pet()
+    volume, info = read_series([source, copy.deepcopy(source)])
+    assert volume.shape == (8, 16, 14) and len(info.notes) == 1
+    assert refusal([enhanced_pet(InConcatenationTotalNumber=2)]).code == "concatenation"
+
+
 def test_enhanced_ct_is_read_as_a_guide():
     """Hounsfield units on the same grid as the single-frame CT."""
     volume, other = read_series(ct_series())[0], read_series([enhanced_ct()])[0]
