@@ -20,7 +20,8 @@ _THEIRS = re.compile(r"<Laterality>|PatientPosition|AccessionNumber \(Series ver
 def _errors(tool: str, *arguments: str) -> set[str]:
     if shutil.which(tool) is None:
         pytest.skip(f"{tool} is not installed (Debian package dicom3tools)")
-    done = subprocess.run([tool, *arguments], capture_output=True, text=True, errors="replace", timeout=300, check=False)
+    command = [tool, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=300, check=False)
     lines = (done.stdout + done.stderr).splitlines()
     return {line for line in lines if "Error" in line and not _THEIRS.search(line)}
 

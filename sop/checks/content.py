@@ -124,10 +124,11 @@ def _activity_items(y: NDArray[np.float32], pooled: NDArray[np.float32], seen: N
 
 def _place_items(y: NDArray[np.float32], seen: NDArray[np.float32], limits: Limits) -> list[CheckItem]:
     with ThreadPoolExecutor(max_workers=2) as pool:
-        smoothed = pool.map(lambda volume: ndimage.gaussian_filter(volume, _SMOOTH_VOXELS, mode="nearest"), (y, seen))
-    smooth_y, smooth_seen = smoothed
-    likeness = _correlation(smooth_y, smooth_seen)
-    mirrored = max(_correlation(np.flip(smooth_y, axis), smooth_seen) for axis in range(3))
+        smooth_y, smooth_seen = pool.map(_smoothed, (y, seen))
+    step = math.ceil((y.size / _SAMPLES) ** (1 / 3))  # smooth images need not be compared at each voxel
+    sampled = smooth_seen[::step, ::step, ::step]
+    likeness = _correlation(smooth_y[::step, ::step, ::step], sampled)
+    mirrored = max(_correlation(np.flip(smooth_y, axis)[::step, ::step, ::step], sampled) for axis in range(3))
     items = [
         CheckItem("content-likeness", likeness >= limits.correlation, likeness, limits.correlation,
                   f"likeness of the smoothed contents: {likeness:.4f}, at least {limits.correlation}"),
@@ -147,6 +148,10 @@ def _place_items(y: NDArray[np.float32], seen: NDArray[np.float32], limits: Limi
             f"{measured}, limit {limits.shift_voxels}{'' if told else '; the image cannot tell, so it is not judged'}",
         ))
     return items
+
+
+def _smoothed(volume: NDArray[np.float32]) -> NDArray[np.float32]:
+    return ndimage.gaussian_filter(volume, _SMOOTH_VOXELS, mode="nearest", truncate=2.5)
 
 
 def _correlation(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:

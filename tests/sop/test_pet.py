@@ -349,7 +349,8 @@ def test_it_says_how_it_was_made(tmp_path: Path) -> None:
 
 def test_a_site_may_turn_off_the_research_comment(tmp_path: Path) -> None:
     """Then the source's comment stays, and none is made up."""
-    assert written(tmp_path / "a", changes={"research_use": False}, ImageComments="arms up")[0].ImageComments == "arms up"
+    ds = written(tmp_path / "a", changes={"research_use": False}, ImageComments="arms up")[0]
+    assert ds.ImageComments == "arms up"
     assert "ImageComments" not in written(tmp_path / "b", changes={"research_use": False})[0]
 
 
@@ -452,7 +453,7 @@ def test_standard_extended_attributes_stay(tmp_path: Path) -> None:
 
 
 def test_an_enhanced_source_gives_a_classic_series(tmp_path: Path) -> None:
-    """Rule 29: classic PET images that refer to the frames; what the enhanced image says in its own way is translated."""
+    """Rule 29: classic PET images that refer to the frames."""
     slices = source_series()
     source = enhanced_pet(slices=12, rows=30, columns=26, values=np.stack([values_of(ds) for ds in slices]))
     derived = read_back(derive([source], tmp_path / "derived")[0].files)
