@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.dciodvfy import entity_errors, iod_errors
-from tests.factories import OBLIQUE, ct_series
-from tests.sop.derived_series import derive, save, source_series
+from tests.factories import OBLIQUE, ct_series, enhanced_pet
+from tests.sop.derived_series import derive, save, source_series, values_of
 
 
 @pytest.mark.parametrize("options", [
@@ -20,6 +21,17 @@ def test_a_derived_series_has_no_error_of_its_own(options: dict, tmp_path: Path)
     source = save(source_series(**options), tmp_path / "source")
     known = {error for path in source for error in iod_errors(path)}
     files = derive(source, tmp_path / "derived", institution="Hospital", station="NODE1")[0].files
+    for path in (files[0], files[11], files[-1]):
+        assert iod_errors(path) <= known
+
+
+def test_a_series_from_an_enhanced_source_is_as_sound_as_one_from_a_classic_source(tmp_path: Path) -> None:
+    """What an enhanced image says in functional groups, the classic one says where its own modules want it."""
+    classic = source_series()
+    values = np.stack([values_of(ds) for ds in classic])
+    enhanced = enhanced_pet(slices=12, rows=30, columns=26, spacing=(3.27, 4.6875, 4.0), values=values)
+    known = {error for path in save(classic, tmp_path / "classic") for error in iod_errors(path)}
+    files = derive(save([enhanced], tmp_path / "enhanced"), tmp_path / "derived")[0].files
     for path in (files[0], files[11], files[-1]):
         assert iod_errors(path) <= known
 
