@@ -1,10 +1,11 @@
-"""Reception side by side in one run: our receiver, a bare pynetdicom handler that fsyncs, Orthanc; and the disk's floor.
+"""Reception side by side in one run: our receiver, a bare pynetdicom handler that fsyncs, Orthanc; the disk's floor.
 
     python benchmarks/bench_reception.py [--senders 4] [--instances 100] [--rounds 2] [--only ours,bare,orthanc,floor]
 
 Each sender is DCMTK's storescu on one association (TCP_NODELAY=1, PDUs of 128 KiB) with CT slices of 512 x 512. The
-floor is a plain loop that writes, fsyncs, renames and fsyncs the folder. Orthanc runs with the most durable settings it
-has: SyncStorageArea and OverwriteInstances off; its SQLite index runs with its own pragmas.
+floor is a plain loop: write, fsync, rename, fsync the folder. Orthanc fsyncs its files (SyncStorageArea); its
+index is SQLite with its own pragmas, which no setting changes. The receivers take turns, so that a busy machine slows
+all of them; "CPU ms" is the receiver's processor time for an instance and depends least on the rest of the machine.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -92,8 +93,8 @@ def send(port: int, folders: list[Path], *, called: str) -> float:
     command = ["/usr/bin/storescu", "-R", "+sd", "-aet", "SCANNER", "-aec", called, "--max-send-pdu", "131072",
                "127.0.0.1", str(port)]
     start = time.perf_counter()
-    running = [subprocess.Popen([*command, str(folder)], env=DCMTK_ENV, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-               for folder in folders]
+    running = [subprocess.Popen([*command, str(folder)], env=DCMTK_ENV, stdout=subprocess.DEVNULL,
+                                stderr=subprocess.PIPE) for folder in folders]
     failures = [(process.communicate()[1], process.returncode) for process in running]
     seconds = time.perf_counter() - start
     for text, code in failures:
@@ -118,28 +119,41 @@ def latencies(port: int, *, called: str, seconds: float = 3.0) -> list[float]:
     return times
 
 
-def ours(folder: Path, action: Callable[[int, str], None]) -> None:
+Action = Callable[[int, str, int], None]  # port, called AE title, process id
+
+
+def cpu_seconds(pid: int) -> float:
+    """Processor time of a process so far, user and system."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def ours(folder: Path, action: Action) -> None:
     with ReceiverProcess(folder) as receiver:
-        action(receiver.port, "NBDNODE")
-        print(f"    our receiver's memory after the run: {receiver.memory_mb():.0f} MB")
+        assert receiver.process is not None
+        action(receiver.port, "NBDNODE", receiver.process.pid)
+        print(f"    our receiver's memory after the run: {receiver.memory_mb():.0f} MB", file=sys.stderr)
 
 
-def bare(folder: Path, action: Callable[[int, str], None]) -> None:
+def bare(folder: Path, action: Action) -> None:
     folder.mkdir(parents=True)
     port = free_port()
     process = subprocess.Popen([sys.executable, "-c", _BARE, str(port), str(folder)])
     try:
-        wait_until("the bare handler", lambda: associate(port, [(CTImageStorage, [ExplicitVRLittleEndian])]).is_established)
-        action(port, "NBDNODE")
+        contexts = [(CTImageStorage, [ExplicitVRLittleEndian])]
+        first = wait_until("the bare handler", lambda: (a := associate(port, contexts)).is_established and a)
+        first.release()
+        action(port, "NBDNODE", process.pid)
     finally:
         process.kill()
         process.wait()
 
 
-def orthanc(folder: Path, action: Callable[[int, str], None]) -> None:
+def orthanc(folder: Path, action: Action) -> None:
     with Orthanc(folder, settings={"SyncStorageArea": True, "StorageCompression": False, "ConcurrentJobs": 1,
                                    "MaximumPduLength": 131072, "DicomThreadsCount": 4}) as server:
-        action(server.port, server.ae_title)
+        assert server.process is not None
+        action(server.port, server.ae_title, server.process.pid)
 
 
 def floor(folder: Path, size: int, count: int) -> float:
@@ -164,7 +178,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--senders", type=int, default=4)
     parser.add_argument("--instances", type=int, default=100, help="for each sender")
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--latency-s", type=float, default=3.0, help="how long single C-STOREs are timed each round")
     parser.add_argument("--only", default="ours,bare,orthanc,floor")
     parser.add_argument("--folder", type=Path, default=None, help="on the disk to be measured")
     options = parser.parse_args()
@@ -175,36 +190,52 @@ def main() -> None:
         shutil.rmtree(root, ignore_errors=True)
 
 
+@dataclass
+class Figures:
+    """Of one receiver, over the rounds."""
+
+    seconds: list[float] = field(default_factory=list)
+    single: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+
+    def row(self, name: str, megabytes: float, count: int) -> str:
+        best, median = min(self.seconds), statistics.median(self.seconds)
+        text = f"| {name} | {megabytes / best:.0f} | {megabytes / median:.0f} | {count / best:.0f} |"
+        if not self.single:
+            return f"{text} | | |"
+        cuts = statistics.quantiles(self.single, n=20)
+        return f"{text} {1000 * min(self.cpu) / count:.1f} | {1000 * cuts[9]:.1f} | {1000 * cuts[18]:.1f} |"
+
+
 def _measure(options: argparse.Namespace, root: Path) -> None:
     folders = ct_slices(root / "in", senders=options.senders, instances=options.instances)
     files = [path for folder in folders for path in folder.iterdir()]
-    megabytes = sum(path.stat().st_size for path in files) / 1e6
-    print(f"{platform.platform()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; {options.senders} senders, "
-          f"{len(files)} CT slices of {megabytes / len(files):.3f} MB, {options.rounds} rounds")
-    print("| receiver | MB/s (best) | MB/s (median) | instances/s (best) | C-STORE p50 ms | p95 ms |")
-    print("|---|---|---|---|---|---|")
-    wanted = options.only.split(",")
+    size = files[0].stat().st_size
     receivers = {"ours": ours, "bare": bare, "orthanc": orthanc}
-    for name in [name for name in receivers if name in wanted]:
-        seconds: list[float] = []
-        single: list[float] = []
+    found = {name: Figures() for name in options.only.split(",")}
+    load = os.getloadavg()[0]
+    for round_ in range(options.rounds):
+        for name, figures in found.items():
+            folder = root / f"{name}{round_}"
 
-        def action(port: int, called: str, seconds: list[float] = seconds, single: list[float] = single) -> None:
-            seconds.append(send(port, folders, called=called))
-            single += latencies(port, called=called)
+            def action(port: int, called: str, pid: int, figures: Figures = figures) -> None:
+                before = cpu_seconds(pid)
+                figures.seconds.append(send(port, folders, called=called))
+                figures.cpu.append(cpu_seconds(pid) - before)
+                figures.single += latencies(port, called=called, seconds=options.latency_s)
 
-        for round_ in range(options.rounds):
-            receivers[name](root / f"{name}{round_}", action)
-            shutil.rmtree(root / f"{name}{round_}", ignore_errors=True)
-        cuts = statistics.quantiles(single, n=20)
-        print(f"| {name} | {megabytes / min(seconds):.0f} | {megabytes / statistics.median(seconds):.0f} "
-              f"| {len(files) / min(seconds):.0f} | {1000 * cuts[9]:.1f} | {1000 * cuts[18]:.1f} |", flush=True)
-    if "floor" in wanted:
-        seconds = [floor(root / f"floor{n}", files[0].stat().st_size, len(files)) for n in range(options.rounds)]
-        print(f"| floor: plain loop | {megabytes / min(seconds):.0f} | {megabytes / statistics.median(seconds):.0f} "
-              f"| {len(files) / min(seconds):.0f} | | |")
+            if name == "floor":
+                figures.seconds.append(floor(folder, size, len(files)))
+            else:
+                receivers[name](folder, action)
+            shutil.rmtree(folder, ignore_errors=True)
+    print(f"{platform.platform()}, {os.cpu_count()} cores, load at start {load:.1f}; {options.senders} senders, "
+          f"{len(files)} CT slices of {size / 1e6:.3f} MB, {options.rounds} rounds")
+    print("| receiver | MB/s (best) | MB/s (median) | instances/s (best) | CPU ms | C-STORE p50 ms | p95 ms |")
+    print("|---|---|---|---|---|---|---|")
+    for name, figures in found.items():
+        print(figures.row(name, len(files) * size / 1e6, len(files)))
 
 
 if __name__ == "__main__":
-    assert threading.current_thread() is threading.main_thread()
     main()

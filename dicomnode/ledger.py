@@ -1,6 +1,6 @@
-"""The ledger: what came, what was decided and why, what was done, what was sent. One sqlite3 file, owned by all processes.
+"""The ledger: what came, what was decided and why, what was done, what was sent. One sqlite3 file for all processes.
 
-Write-ahead log and synchronous=FULL: a commit that returned is on disk (https://www.sqlite.org/pragma.html#pragma_synchronous).
+Write-ahead log and synchronous=FULL: a commit that returned is on disk (sqlite.org/pragma.html#pragma_synchronous).
 Every change of state is one transaction together with its event row. Two processes may hold a Ledger on the same file;
 threads of one process may share one Ledger.
 """
@@ -177,7 +177,7 @@ class Ledger:
             return [self._add_instance(db, row) for row in rows]
 
     def _add_instance(self, db: sqlite3.Connection, row: InstanceRow) -> Kept:
-        values = asdict(row)
+        values = dict(vars(row))
         values["position"] = json.dumps(row.position) if row.position else None
         values["orientation"] = json.dumps(row.orientation) if row.orientation else None
         old = db.execute("SELECT sha256 FROM instance WHERE sop_instance_uid = ?", (row.sop_instance_uid,)).fetchone()
@@ -188,7 +188,7 @@ class Ledger:
             if added:
                 self.event("reception", now=row.received_at, study_uid=row.study_uid, series_uid=row.series_uid,
                            code="conflict", actor=row.calling_ae,
-                           reason=f"other bytes under known SOP Instance UID {row.sop_instance_uid}; kept aside, not used")
+                           reason=f"other bytes under SOP Instance UID {row.sop_instance_uid}; kept aside, not used")
             return "conflict"
         db.execute(SQL["add_instance"], values)
         series = db.execute("SELECT state, code FROM series WHERE series_uid = ?", (row.series_uid,)).fetchone()
@@ -286,7 +286,7 @@ class Ledger:
         return None if row is None else _decoded(row)
 
     def claim(self, owner: str, *, now: float, lease_s: float) -> dict[str, Any] | None:
-        """Take the next job: queued, failed and due again, or running under a lease that ran out. None if there is none."""
+        """Take the next job: queued, failed and due again, or running under a lease that ran out. None: no job."""
         with self.transaction():
             rows = self._query(SQL["claimable"], {"now": now})
             if not rows:
@@ -379,9 +379,9 @@ class Ledger:
 
     def set_delivery(self, delivery_id: int, state: str, *, now: float, reason: str = "", next_at: float | None = None,
                      attempts: int | None = None) -> None:
-        """Change a delivery (waiting, delivered, dead) with its event row; the last one delivered makes the job delivered.
+        """Change a delivery (waiting, delivered, dead) with its event row.
 
-        A dead delivery holds the job: a person decides.
+        The last one delivered makes the job delivered. A dead delivery holds the job: a person decides.
         """
         with self.transaction() as db:
             old = self._one("SELECT * FROM delivery WHERE id = ?", (delivery_id,))
@@ -403,7 +403,7 @@ class Ledger:
     # --- looking
 
     def overview(self, study: str | None = None, *, limit: int = 100_000) -> list[dict[str, Any]]:
-        """One row per series, newest first; `study` filters by study, series, derived series UID or accession number."""
+        """One row per series, newest first; `study`: only that study, series, derived series or accession number."""
         return [dict(row) for row in self._query(SQL["overview"], {"study": study, "limit": limit})]
 
     def events(self, *, study_uid: str | None = None, limit: int = 10_000) -> list[dict[str, Any]]:

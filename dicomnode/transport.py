@@ -24,10 +24,12 @@ from pynetdicom.ae import ApplicationEntity
 from pynetdicom.association import Association
 from pynetdicom.dimse import DIMSEServiceProvider
 from pynetdicom.dimse_messages import DIMSEMessage
+from pynetdicom.dimse_primitives import C_STORE
 from pynetdicom.dul import DULServiceProvider
 from pynetdicom.pdu_primitives import P_DATA
 from pynetdicom.transport import AssociationServer, AssociationSocket, RequestHandler
 
+from dicomnode.command import store_response
 from dicomnode.intake import Intake
 
 __all__ = ["Acceptor", "Server", "peer_address"]
@@ -210,6 +212,19 @@ class _Dimse(DIMSEServiceProvider):
         super().receive_primitive(primitive)
         if self.message is None:
             cast("Acceptor", self.assoc).stir()
+
+    def send_msg(self, primitive: Any, context_id: int) -> None:
+        """C-STORE responses are encoded directly; anything else as pynetdicom does."""
+        if not isinstance(primitive, C_STORE) or primitive.MessageIDBeingRespondedTo is None:
+            super().send_msg(primitive, context_id)
+            return
+        data = P_DATA()
+        data.presentation_data_value_list.append((context_id, b"\x03" + store_response(
+            sop_class_uid=str(primitive.AffectedSOPClassUID or ""),
+            sop_instance_uid=str(primitive.AffectedSOPInstanceUID or ""),
+            message_id=primitive.MessageIDBeingRespondedTo, status=cast(int, primitive.Status),
+            comment=primitive.ErrorComment or "")))
+        self.dul.send_pdu(data)
 
     def discard(self) -> None:
         """Forget data sets that no handler will take: the association is over."""
