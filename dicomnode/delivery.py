@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pydicom import dcmread
+from pynetdicom.association import Association
 
 from dicomnode import scu
 from dicomnode.config import Config, Delivery
@@ -101,6 +102,7 @@ class Deliverer:
         self._clock, self._rng = clock, rng or random.Random()
         self._stop = threading.Event()
         self._threads: dict[str, threading.Thread] = {}
+        self._open: dict[str, Association] = {}
 
     def tick(self) -> None:
         """Start a thread for every peer that has something due and none running."""
@@ -115,11 +117,13 @@ class Deliverer:
                 self._threads[peer].start()
 
     def close(self, timeout_s: float) -> None:
-        """Stop after the instance that is on its way; what is unsent stays due."""
+        """Stop after the instance that is on its way; a peer that does not answer in time is aborted."""
         self._stop.set()
         until = time.monotonic() + timeout_s
-        for thread in self._threads.values():
+        for name, thread in self._threads.items():
             thread.join(max(0.0, until - time.monotonic()))
+            if thread.is_alive() and name in self._open:
+                self._open[name].abort()
 
     def _send_all(self, rows: list[dict[str, Any]]) -> None:
         for row in rows:
@@ -128,6 +132,8 @@ class Deliverer:
             try:
                 self.send(row)
             except Exception:
+                if self._stop.is_set():
+                    return  # the ledger is being closed; what was not recorded is sent again
                 # One delivery must not end the peer's thread for the others: it stays due and is tried again.
                 log.exception("delivery failed unexpectedly", action="delivery_error", delivery=row["id"])
                 self._again(row, f"internal error, see the log of {time.strftime('%Y-%m-%d %H:%M:%S')}")
@@ -155,7 +161,8 @@ class Deliverer:
         try:
             scu.send(peer, left, calling_ae=self._config.node.ae_title, on_answer=recorder,
                      stopped=self._stopped(job_id), dimse_timeout_s=self._config.delivery.dimse_timeout_s,
-                     connect_timeout_s=self._config.delivery.connect_timeout_s)
+                     connect_timeout_s=self._config.delivery.connect_timeout_s,
+                     on_open=lambda association: self._open.update({peer.name: association}))
         except PeerUnreachable as error:
             problem = str(error)
         finally:

@@ -38,9 +38,10 @@ from dicomnode.spool import Spool, fsync_dir
 __all__ = ["Executor", "REPORT_FILE"]
 
 REPORT_FILE = "report.json"
-LOST_LIMIT = 20  # a job that was running each time the whole node died so often is not tried again unseen
+LOST_LIMIT = 100  # a job that was running each time the whole node died so often is not tried again unseen
 LAST_WORDS = ("built", "refused", "failed")  # after these the child leaves by itself
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
+LONGEST_WAIT_S = 3600.0  # between two attempts
 POLL_S = 0.25
 GRACE_S = 3.0
 PIPELINE = (sys.executable, "-m", "dicomnode.pipeline")
@@ -258,7 +259,7 @@ class Executor:
             self._hold(job["id"], "attempts", f"{reason} (attempt {attempts} of {work.attempts}). Remedy: look at the "
                        f"log, then `dicomnode retry job:{job['id']}`")
             return
-        wait = work.retry_s * 2.0 ** (attempts - 1)
+        wait = min(LONGEST_WAIT_S, work.retry_s * 2.0 ** (attempts - 1))
         self._ledger.set_job(job["id"], "failed", now=self._clock(), code="attempt", run_after=self._clock() + wait,
                              reason=f"{reason} (attempt {attempts} of {work.attempts}; again in {wait:g} s)")
         log.warning("attempt failed", action="job_failed", job=job["id"], attempt=attempts, reason=reason)

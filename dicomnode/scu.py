@@ -87,11 +87,13 @@ def echo(peer: Peer, *, calling_ae: str, connect_timeout_s: float, dimse_timeout
 
 
 def send(peer: Peer, files: Sequence[Path], *, calling_ae: str, connect_timeout_s: float, dimse_timeout_s: float,
-         on_answer: Callable[[Answer], None], stopped: Callable[[], bool] = lambda: False) -> list[Answer]:
+         on_answer: Callable[[Answer], None], stopped: Callable[[], bool] = lambda: False,
+         on_open: Callable[[Association], None] = lambda _: None) -> list[Answer]:
     """Send DICOM files over one association; the last answer to each, in the order of `files`.
 
     Every answer is reported through `on_answer` as it comes. An instance that the peer does not store is sent once
-    more by itself after the others. `stopped` is asked between instances: once true, the rest is left unsent.
+    more by itself after the others. `stopped` is asked between instances: once true, the rest is left unsent. `on_open`
+    gets the association, so that another thread can abort it while the peer is silent.
 
     Raises PeerUnreachable where no association comes about or it breaks half-way (answers so far were reported).
     """
@@ -99,6 +101,7 @@ def send(peer: Peer, files: Sequence[Path], *, calling_ae: str, connect_timeout_
     if not items:
         return []
     association = _associate(peer, _contexts(items), calling_ae, connect_timeout_s, dimse_timeout_s)
+    on_open(association)
     answers: dict[Path, Answer] = {}
     try:
         for item in items:

@@ -29,7 +29,7 @@ PARTS = ("receive", "work")
 READY = "ready"
 POLL_S = 0.2
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0
-STEADY_S = 60.0  # a child that lived so long starts again without delay
+STEADY_S = 10.0  # a child that lived so long starts again without a longer wait
 FIRST_STARTS = 3  # before the node was ever ready: then something is wrong for good, such as a port in use
 CHILD_GRACE_S = 9.0
 

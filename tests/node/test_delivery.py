@@ -201,6 +201,27 @@ def test_a_job_taken_away_is_not_sent_on(tmp_path: Path) -> None:
         assert len(peer.datasets) < 10
 
 
+def test_closing_does_not_wait_for_a_silent_peer(tmp_path: Path) -> None:
+    """The association is aborted, so that the process can end; the delivery stays due."""
+    asked, answer = threading.Event(), threading.Event()
+
+    def silent(_: Dataset) -> int:
+        asked.set()
+        answer.wait(30)
+        return 0
+
+    with StoragePeer(status=silent) as peer, Line(tmp_path, port=peer.port) as line:
+        job_id = built(line)
+        deliverer = Deliverer(line.config, line.ledger, line.spool, clock=line.clock)
+        deliverer.tick()
+        assert asked.wait(20)
+        (association,) = deliverer._open.values()
+        deliverer.close(0.2)
+        wait_until("the association to end", lambda: not association.is_alive(), timeout_s=5)
+        assert states(line, job_id) == ("sending", ["waiting"])
+        answer.set()
+
+
 def test_a_derived_series_that_lost_a_file_is_never_sent_in_part(tmp_path: Path, peer: StoragePeer) -> None:
     """Held; the remedy computes it again."""
     with Line(tmp_path, port=peer.port, toml=FAST) as line:

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from dicomnode.executor import Executor
+from dicomnode.executor import LOST_LIMIT, Executor
 from dicomnode.ledger import NewJob
 from dicomnode.schedule import sweep_work
 from dicomnode.work import run as work
@@ -207,7 +207,7 @@ def test_jobs_of_a_dead_worker_are_queued_at_once_and_held_if_it_dies_of_them_ag
     """No wait for the lease at a restart, the attempt is not counted; but not for ever."""
     job_id = queued(line)
     executor = child(line, "build()")
-    for _ in range(20):
+    for _ in range(LOST_LIMIT):
         assert line.ledger.claim("dead", now=line.now, lease_s=60) is not None
         assert executor.recover() == 1
         assert (line.ledger.job(job_id)["state"], line.ledger.job(job_id)["attempts"]) == ("queued", 0)
@@ -301,7 +301,8 @@ def test_a_worker_killed_in_the_middle_of_a_job_delivers_exactly_one_series(tmp_
 
 def worker(line: Line) -> subprocess.Popen:
     """A working process on the line's data directory."""
-    program = ("import sys, threading\nfrom dicomnode.config import Config\nfrom dicomnode.work import run\n"
-               "run(Config.model_validate_json(sys.argv[1]), stop=threading.Event(), ready=lambda: None)")
+    program = ("import sys\nfrom dicomnode.config import Config\nfrom dicomnode.process import stop_on_signals\n"
+               "from dicomnode.work import run\n"
+               "run(Config.model_validate_json(sys.argv[1]), stop=stop_on_signals(), ready=lambda: None)")
     return subprocess.Popen([sys.executable, "-c", program, line.config.model_dump_json()], cwd=REPOSITORY,
                             env={**os.environ, "OMP_NUM_THREADS": "1"})
