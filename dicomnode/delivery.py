@@ -131,12 +131,12 @@ class Deliverer:
                 return
             try:
                 self.send(row)
-            except Exception:
+            except Exception as error:
                 if self._stop.is_set():
                     return  # the ledger is being closed; what was not recorded is sent again
                 # One delivery must not end the peer's thread for the others: it stays due and is tried again.
                 log.exception("delivery failed unexpectedly", action="delivery_error", delivery=row["id"])
-                self._again(row, f"internal error, see the log of {time.strftime('%Y-%m-%d %H:%M:%S')}")
+                self._again(row, f"internal error, see the log: {type(error).__name__}: {error}")
 
     def send(self, row: dict[str, Any]) -> None:
         """One attempt at one delivery (a row of `Ledger.due_deliveries`), its outcome entered in the ledger."""

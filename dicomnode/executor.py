@@ -167,6 +167,8 @@ class Executor:
                     _let_leave(child)
             finally:
                 code = end(child, grace_s=GRACE_S) if child.poll() is None else child.wait()
+        if verdict is None and code == -signal.SIGTERM and stop.wait(1.0):
+            verdict = {"kind": "stopped"}  # a service manager ends all processes at once, and the child was faster
         text = (order.parent / "log.txt").read_text(encoding="utf-8", errors="replace").strip()
         if text:
             log.info("messages of the child", action="job_messages", job=job["id"], text=text[-4000:])

@@ -287,6 +287,8 @@ class Ledger:
 
     def claim(self, owner: str, *, now: float, lease_s: float) -> dict[str, Any] | None:
         """Take the next job: queued, failed and due again, or running under a lease that ran out. None: no job."""
+        if not self._query(SQL["claimable"], {"now": now}):
+            return None  # a worker that asks in vain must not take the write lock from the receiver
         with self.transaction():
             rows = self._query(SQL["claimable"], {"now": now})
             if not rows:

@@ -180,6 +180,17 @@ def test_a_stopped_worker_puts_its_job_back_uncounted(line: Line) -> None:
     assert (job["state"], job["attempts"]) == ("queued", 0)
 
 
+def test_a_child_that_a_service_manager_ends_with_us_is_not_a_failed_attempt(line: Line) -> None:
+    """SIGTERM to all processes at once: the child is gone first, the stop reaches us a moment later."""
+    queued(line)
+    stop = threading.Event()
+    timer = threading.Timer(0.6, stop.set)
+    timer.start()
+    job = attempt(line, child(line, "os.kill(os.getpid(), signal.SIGTERM)"), stop)
+    timer.join()
+    assert (job["state"], job["attempts"]) == ("queued", 0)
+
+
 def test_a_series_that_was_kept_but_not_entered_is_adopted(line: Line) -> None:
     """A crash between rename and commit: the next attempt enters what lies there, without computing."""
     queued(line)
