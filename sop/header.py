@@ -16,13 +16,11 @@ from pydicom.tag import BaseTag, Tag
 from sop.errors import Refused
 
 __all__ = [
-    "PIXEL_KEYWORDS", "decimal_string", "integer", "items", "numbers", "private_text", "put", "raw_elements", "strings",
+    "decimal_string", "integer", "items", "numbers", "private_text", "put", "raw_elements", "strings",
     "text", "texts", "without_pixels",
 ]
 
-# Pixel data and what describes other pixel data; a header holds none of them.
-PIXEL_KEYWORDS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData", "ExtendedOffsetTable",
-                  "ExtendedOffsetTableLengths", "PixelDataProviderURL")
+PIXEL_GROUP = 0x7FE0
 
 RESEND = "send the series again from the scanner or the PACS"
 
@@ -121,9 +119,11 @@ def put(header: Dataset, **values: Any) -> None:
 
 
 def without_pixels(data: Dataset) -> Dataset:
-    """A data set of the same elements, still as they came, without pixel data; setting one leaves `data` alone."""
-    dropped = {Tag(keyword) for keyword in PIXEL_KEYWORDS}
-    header = Dataset({tag: element for tag, element in raw_elements(data).items() if tag not in dropped})
+    """A data set of the same elements, still as they came, up to the pixel data; setting one leaves `data` alone.
+
+    What follows pixel data is signatures and padding, which belong to this very instance.
+    """
+    header = Dataset({tag: element for tag, element in raw_elements(data).items() if tag.group < PIXEL_GROUP})
     if getattr(data, "file_meta", None) is not None:
         header.file_meta = data.file_meta
     return header

@@ -23,16 +23,18 @@ from pydicom.uid import (
 )
 
 from sop.errors import Refused
-from sop.header import PIXEL_KEYWORDS, integer, raw_elements, text
+from sop.header import integer, raw_elements, text
+from sop.isolated import IsolatedDecoder
 
 __all__ = ["frames_of", "load"]
 
 # All a decoder needs, so that the second reading of a file skips the rest.
 NEEDED = ["SOPInstanceUID", "SamplesPerPixel", "PhotometricInterpretation", "PlanarConfiguration", "NumberOfFrames",
-          "Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", *PIXEL_KEYWORDS]
+          "Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "PixelData",
+          "ExtendedOffsetTable", "ExtendedOffsetTableLengths"]
 
-# GDCM decodes nearly all, but a damaged JPEG-LS stream makes it end the whole process; it is left the JPEG processes
-# that no other plugin reads.
+# Everything else is JPEG, which only GDCM reads in full; a damaged stream makes GDCM end its process, so it has one of
+# its own.
 DECODERS = {
     **dict.fromkeys(JPEGLSTransferSyntaxes, "pyjpegls"),
     **dict.fromkeys(JPEG2000TransferSyntaxes, "pylibjpeg"),
@@ -64,8 +66,12 @@ def load(path: Path, *, pixels: bool) -> Dataset:
     return header
 
 
-def frames_of(data: Dataset, *, bits_allocated: int, rows: int, columns: int, frames: int) -> NDArray:
+def frames_of(
+    data: Dataset, *, bits_allocated: int, rows: int, columns: int, frames: int, isolated: IsolatedDecoder
+) -> NDArray:
     """Stored values (frames, rows, columns), native or decoded.
+
+    isolated   decodes the JPEG processes.
 
     Unused high bits are cleared (or the sign extended). Raises Refused "truncated", "pixel-format", "undecodable".
     """
@@ -76,7 +82,7 @@ def frames_of(data: Dataset, *, bits_allocated: int, rows: int, columns: int, fr
                       "cannot be quantitative values", "send the original grey-scale series")
     syntax = _syntax(data)
     if syntax.is_encapsulated:
-        stored = _decoded(data, syntax)
+        stored = _decoded(data, syntax, isolated)
     else:
         stored = _native(data, syntax, bits_allocated, rows * columns * frames)
     if stored.size != frames * rows * columns:
@@ -115,9 +121,11 @@ def _native(data: Dataset, syntax: UID, bits_allocated: int, count: int) -> NDAr
     return (stored << (bits_allocated - 1 - high)) >> (bits_allocated - used)
 
 
-def _decoded(data: Dataset, syntax: UID) -> NDArray:
+def _decoded(data: Dataset, syntax: UID, isolated: IsolatedDecoder) -> NDArray:
     try:
-        return np.asarray(pixel_array(data, decoding_plugin=DECODERS.get(syntax, "gdcm")))
+        if syntax in DECODERS:
+            return np.asarray(pixel_array(data, decoding_plugin=DECODERS[syntax]))
+        return isolated.decode(data)
     except (MemoryError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # each plugin has exceptions of its own; a panic of the RLE one is no Exception

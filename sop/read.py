@@ -19,6 +19,7 @@ from deconv.volume import Volume
 from sop import geometry, kinds, multiframe
 from sop.errors import Refused
 from sop.header import integer, numbers, strings, text, without_pixels
+from sop.isolated import IsolatedDecoder
 from sop.pixels import frames_of, load
 from sop.series import SeriesInfo, Slice
 from sop.units import Scale, pet_scale
@@ -48,10 +49,13 @@ def read_series(
     assume_units   Units (0054,1001) code to use for a PET that states none ("BQML"); never overrides a stated one. A
                    missing SeriesType is then passed over too. For work offline, where a person vouches for it.
 
-    Raises Refused; its `code` is one of "empty", "unreadable",
-    "mixed-series", "not-supported", "localizer", "dynamic", "gated", "reprojection", "series-type", "conflict", "grid",
-    "gap", "uneven-spacing", "sheared", "slice-count", "single-slice", "units-missing", "units-differ",
-    "units-unsupported", "rescale", "malformed", "truncated", "undecodable", "no-pixels", "pixel-format", "too-large".
+    Raises Refused, naming study and series, with `code` one of
+        what it is    "empty", "mixed-series", "not-supported", "concatenation", "localizer", "dynamic", "gated",
+                      "reprojection", "series-type", "conflict"
+        its grid      "grid", "orientation", "pixel-spacing", "gap", "uneven-spacing", "duplicate-position", "sheared",
+                      "slice-count", "single-slice"
+        its values    "units-missing", "units-differ", "units-unsupported", "rescale"
+        its bytes     "unreadable", "malformed", "truncated", "undecodable", "no-pixels", "pixel-format", "too-large"
     """
     study = series = ""
     try:
@@ -59,7 +63,8 @@ def read_series(
         if not found:
             raise Refused("empty", "no instance was given", "name at least one DICOM file")
         study, series = _one_series(found)
-        return _read(found, assume_units)
+        with IsolatedDecoder() as isolated:
+            return _read(found, assume_units, isolated)
     except Refused as refusal:
         raise refusal.of(study, series) from refusal.__cause__
 
@@ -105,11 +110,13 @@ def _one_series(found: Sequence[_Found]) -> tuple[str, str]:
     return uids.pop()
 
 
-def _read(found: Sequence[_Found], assume_units: str | None) -> tuple[Volume, SeriesInfo]:
+def _read(
+    found: Sequence[_Found], assume_units: str | None, isolated: IsolatedDecoder
+) -> tuple[Volume, SeriesInfo]:
     notes: list[str] = []
     _scale([found[0].slice.header], assume_units)  # no units is the graver fault: said before a missing SeriesType
     kinds.refuse_not_a_volume([f.slice.header for f in found], lenient=assume_units is not None)
-    found = _without_duplicates(found, notes)
+    found = _without_duplicates(found, notes, isolated)
     grid, headers = _grid(found)
     found = [found[i] for i in grid.order]
     headers = [headers[i] for i in grid.order]
@@ -122,7 +129,7 @@ def _read(found: Sequence[_Found], assume_units: str | None) -> tuple[Volume, Se
         notes.append("RescaleIntercept is not zero, which PET does not allow [PS3.3 C.8.9.4]; it was applied")
     if text(headers[0], "PhotometricInterpretation") == "MONOCHROME1":
         notes.append("MONOCHROME1 concerns display only; values are taken as stored")
-    array = _voxels([replace(f, slice=item) for f, item in zip(found, slices, strict=True)])
+    array = _voxels([replace(f, slice=item) for f, item in zip(found, slices, strict=True)], isolated)
     volume = Volume(array, grid.spacing, grid.origin, grid.direction, scale.unit)
     first = headers[0]
     spacing = strings(first, "PixelSpacing", 2)
@@ -144,14 +151,16 @@ def _read(found: Sequence[_Found], assume_units: str | None) -> tuple[Volume, Se
     return volume, info
 
 
-def _without_duplicates(found: Sequence[_Found], notes: list[str]) -> list[_Found]:
+def _without_duplicates(found: Sequence[_Found], notes: list[str], isolated: IsolatedDecoder) -> list[_Found]:
     """One slice per SOP instance (and frame), then one per place, chosen without regard to the order given."""
     by_instance: dict[tuple[str, int | None], _Found] = {}
     for item in found:
         key = (item.slice.sop_instance_uid, item.slice.frame)
         known = by_instance.setdefault(key, item)
         # All frames of an instance are compared at its first one, so that it is not decoded once per frame.
-        if known is not item and item.slice.frame in (None, 1) and not np.array_equal(_all_frames(known), _all_frames(item)):
+        if known is item or item.slice.frame not in (None, 1):
+            continue
+        if not np.array_equal(_all_frames(known, isolated), _all_frames(item, isolated)):
             raise Refused("conflict", f"SOP Instance UID {key[0]} stands for two different images",
                           "find which of them is right and remove the other")
     unique = sorted(by_instance.values(), key=_rank)
@@ -218,7 +227,7 @@ def _scale(headers: Sequence[Dataset], assume_units: str | None) -> Scale:
     return kinds.other_scale(headers)
 
 
-def _voxels(found: Sequence[_Found]) -> NDArray[np.float32]:
+def _voxels(found: Sequence[_Found], isolated: IsolatedDecoder) -> NDArray[np.float32]:
     """(D, H, W) float32: one file in memory at a time beside the result."""
     header = found[0].slice.header
     rows, columns = integer(header, "Rows"), integer(header, "Columns")
@@ -233,7 +242,7 @@ def _voxels(found: Sequence[_Found]) -> NDArray[np.float32]:
     opened: tuple[object, NDArray] | None = None
     for index, item in enumerate(found):
         if opened is None or opened[0] is not item.source:
-            opened = (item.source, _all_frames(item))
+            opened = (item.source, _all_frames(item, isolated))
         stored = opened[1][(item.slice.frame or 1) - 1]
         # One float64 multiplication, rounded once to float32.
         np.multiply(stored, item.slice.slope * item.slice.factor, out=scaled)
@@ -242,7 +251,7 @@ def _voxels(found: Sequence[_Found]) -> NDArray[np.float32]:
     return array
 
 
-def _all_frames(item: _Found) -> NDArray:
+def _all_frames(item: _Found, isolated: IsolatedDecoder) -> NDArray:
     data = item.source if isinstance(item.source, Dataset) else load(item.source, pixels=True)
     header = item.slice.header
     return frames_of(
@@ -251,4 +260,5 @@ def _all_frames(item: _Found) -> NDArray:
         rows=integer(header, "Rows"),
         columns=integer(header, "Columns"),
         frames=item.frames,
+        isolated=isolated,
     )

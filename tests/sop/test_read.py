@@ -9,6 +9,7 @@ from functools import cache
 from io import BytesIO
 from pathlib import Path
 
+import gdcm
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -20,6 +21,7 @@ from pydicom.uid import (
     DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
     JPEG2000Lossless,
+    JPEGLosslessSV1,
     JPEGLSLossless,
     RLELossless,
     SecondaryCaptureImageStorage,
@@ -138,6 +140,44 @@ def test_compressed_series_equal_the_native_one(tmp_path, syntax, signed):
         ds.compress(syntax, generate_instance_uid=False)
     volume, _ = read_series(save(series, tmp_path))
     assert np.array_equal(volume.array, native.array)
+
+
+def jpeg_lossless(paths: list[Path]) -> None:
+    """Rewrite the files as JPEG Lossless SV1, the most common compressed syntax of archives."""
+    for path in paths:
+        reader, change, writer = gdcm.ImageReader(), gdcm.ImageChangeTransferSyntax(), gdcm.ImageWriter()
+        reader.SetFileName(str(path))
+        assert reader.Read()
+        change.SetTransferSyntax(gdcm.TransferSyntax(gdcm.TransferSyntax.JPEGLosslessProcess14_1))
+        change.SetInput(reader.GetImage())
+        assert change.Change()
+        writer.SetFileName(str(path))
+        writer.SetFile(reader.GetFile())
+        writer.SetImage(change.GetOutput())
+        assert writer.Write()
+
+
+def test_jpeg_lossless_series_equals_the_native_one(tmp_path):
+    """Decoded in a process of its own, from files and from memory."""
+    series = pet_series(slices=3, rows=32, columns=32)
+    native = read_series(series)[0]
+    paths = save(series, tmp_path)
+    jpeg_lossless(paths)
+    assert dcmread(paths[0]).file_meta.TransferSyntaxUID == JPEGLosslessSV1
+    assert np.array_equal(read_series(paths)[0].array, native.array)
+    assert np.array_equal(read_series([dcmread(path) for path in paths])[0].array, native.array)
+
+
+def test_damaged_jpeg_that_ends_its_decoder_is_refused(tmp_path):
+    """GDCM ends its process over some streams; ours goes on and reads the next series."""
+    paths = save(pet_series(slices=1, rows=32, columns=32), tmp_path)
+    jpeg_lossless(paths)
+    whole = paths[0].read_bytes()
+    scan = whole.index(b"\xff\xc3")  # start of frame of the lossless process
+    paths[0].write_bytes(whole[: scan + 4] + b"\x63" + whole[scan + 5 :])
+    assert refusal(paths).code == "undecodable"
+    paths[0].write_bytes(whole)
+    assert read_series(paths)[0].shape == (1, 32, 32)
 
 
 def test_deflated_and_big_endian_series_equal_the_native_one(tmp_path):
