@@ -7,20 +7,19 @@ then released by a person is processed as it is; eligibility and geometry stay a
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sqlite3
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pydicom import dcmread
 from pydicom.dataset import Dataset
 from pydicom.errors import InvalidDicomError
 
-from dicomnode import __version__
+from dicomnode import __version__, identity
 from dicomnode.config import Config, Route
+from dicomnode.identity import SettingsRefused
 from dicomnode.ledger import Ledger, NewJob
 from dicomnode.logs import get_logger
 from dicomnode.matching import Arrival, choose_guide, completeness, eligible, geometry_of, guide_wait, normal_of
@@ -28,7 +27,9 @@ from dicomnode.routing import first_route
 from dicomnode.spool import Spool
 from sop.pet import is_own_output
 
-__all__ = ["Matcher", "job_identity"]
+__all__ = ["Matcher"]
+
+FullSettings = Callable[[str, str, Mapping[str, Any]], Mapping[str, Any]]
 
 SENT = frozenset({"sending", "delivered", "committed"})
 OVER = frozenset({"cancelled", "superseded"})
@@ -70,25 +71,17 @@ class _Seen:
                              row["frames"]) for row in self.instances)
 
 
-def job_identity(*, inputs: Sequence[str], guide_inputs: Sequence[str], method: str, settings: Any,
-                 software_version: str) -> str:
-    """Digest of all that decides a derived series: the same work is queued once, whatever comes again.
-
-    inputs, guide_inputs  SOP Instance UIDs, in any order.  settings  the method's full, frozen settings.
-    """
-    recipe = {"inputs": sorted(inputs), "guide": sorted(guide_inputs), "method": method, "settings": asdict(settings),
-              "software_version": software_version}
-    text = json.dumps(recipe, sort_keys=True, separators=(",", ":"), default=lambda array: array.tolist())
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 class Matcher:
-    """Decides over due series. `poll_s`: how often a PET that waits for its CT is looked at again."""
+    """Decides over due series.
+
+    poll_s         how often a PET that waits for its CT is looked at again.
+    full_settings  all settings of a method's preset; asks a child process unless told otherwise.
+    """
 
     def __init__(self, config: Config, ledger: Ledger, spool: Spool, *, clock: Callable[[], float] = time.time,
-                 poll_s: float = 5.0) -> None:
+                 poll_s: float = 5.0, full_settings: FullSettings = identity.full_settings) -> None:
         self._config, self._ledger, self._spool, self._clock = config, ledger, spool, clock
-        self._poll_s = poll_s
+        self._poll_s, self._full_settings = poll_s, full_settings
 
     def tick(self) -> int:
         """Look at every series that is due; how many were."""
@@ -189,19 +182,16 @@ class Matcher:
                 if row["is_guide"] and row["state"] == "ignored"]
 
     def _decide_job(self, seen: _Seen, route: Route, guide: _Seen | None, why: str) -> _Decision:
-        import deconv
-
-        method = deconv.method(route.method)
         try:
-            settings = method.settings(route.preset, **route.settings)
-        except (ValueError, TypeError) as error:
+            settings = self._full_settings(route.method, route.preset, route.settings)
+        except SettingsRefused as error:
             return _Decision("held", "settings", f"route {route.name}: {error}. Remedy: mend the route, then "
                              f"`dicomnode retry {seen.uid}`")
         guide_inputs = guide.sop_instance_uids if guide else ()
-        identity = job_identity(inputs=seen.sop_instance_uids, guide_inputs=guide_inputs, method=route.method,
-                                settings=settings, software_version=__version__)
+        digest = identity.job_identity(inputs=seen.sop_instance_uids, guide_inputs=guide_inputs, method=route.method,
+                                       settings=settings, software_version=__version__)
         job = NewJob(
-            identity=identity, series_uid=seen.uid, study_uid=seen.row["study_uid"],
+            identity=digest, series_uid=seen.uid, study_uid=seen.row["study_uid"],
             guide_series_uid=guide.uid if guide else None, route=route.name, method=route.method, preset=route.preset,
             settings=route.settings, send_to=route.send_to, inputs=(*seen.sop_instance_uids, *guide_inputs),
             priority=route.priority,

@@ -35,7 +35,7 @@ from sop.pet import Derivation, DerivedSeries, write_derived
 from sop.read import read_series
 from sop.series import SeriesInfo
 
-__all__ = ["KERNEL_FILE", "Outcome", "choose_device", "main", "process"]
+__all__ = ["KERNEL_FILE", "Outcome", "choose_device", "full_settings", "main", "process"]
 
 KERNEL_FILE = "kernel.npy"
 PROGRESS_S = 0.5  # least time between two progress lines
@@ -70,6 +70,11 @@ def choose_device(wanted: str) -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def full_settings(method: str, preset: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """All settings of a method's preset with some replaced, as JSON values. Raises ValueError naming what exists."""
+    return dict(_plain(deconv.method(method).settings(preset, **overrides)))
 
 
 def process(
@@ -258,8 +263,20 @@ def _work_off(order: Mapping[str, Any], folder: Path, reporter: _Reporter) -> No
     reporter.line(kind="built", report=outcome.report)
 
 
+def _tell_settings(method: str, preset: str, overrides: str) -> int:
+    answer: dict[str, Any]
+    try:
+        answer = {"settings": full_settings(method, preset, json.loads(overrides))}
+    except (ValueError, TypeError) as error:
+        answer = {"refused": str(error)}
+    sys.stdout.write(json.dumps(answer))
+    return 0
+
+
 def main(arguments: Sequence[str]) -> int:
-    """Work off the order in the file named; 0 when a last word was said."""
+    """Work off the order in the file named; 0 when a last word was said. `--settings`: see dicomnode.identity."""
+    if arguments[0] == "--settings":
+        return _tell_settings(*arguments[1:])
     tie_to_parent()
     reporter = _Reporter(os.fdopen(os.dup(1), "w", encoding="utf-8"))
     os.dup2(2, 1)  # what libraries print must not come between our lines

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,10 @@ from pydicom import dcmwrite
 from pydicom.dataset import Dataset
 
 from dicomnode.config import Config, parse
+from dicomnode.identity import SettingsRefused
 from dicomnode.ledger import InstanceRow, Ledger
 from dicomnode.matcher import Matcher
+from dicomnode.pipeline import full_settings
 from dicomnode.spool import Spool
 
 PET_ROUTE = """
@@ -24,6 +26,13 @@ method = "nearest"
 preset = "default"
 send_to = ["PACS"]
 """
+
+
+def full_settings_here(method: str, preset: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        return full_settings(method, preset, overrides)
+    except ValueError as error:
+        raise SettingsRefused(str(error)) from error
 
 
 class Line:
@@ -51,7 +60,9 @@ class Line:
         return self.now
 
     def matcher(self, **options: Any) -> Matcher:
-        return Matcher(self.config, self.ledger, self.spool, clock=self.clock, **options)
+        """A matcher that asks the methods in this process, which is quicker than a child."""
+        return Matcher(self.config, self.ledger, self.spool, clock=self.clock,
+                       full_settings=full_settings_here, **options)
 
     def receive(self, datasets: Sequence[Dataset], *, calling_ae: str = "SCANNER") -> str:
         """Keep and enter the data sets, now; the SeriesInstanceUID of the last."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydicom.dataset import Dataset
 
-from dicomnode import operate
-from dicomnode.matcher import job_identity
-from tests.factories import ct_series, make_uid, nm_tomo, pet_series
+from dicomnode import identity, operate
+from dicomnode.pipeline import full_settings
+from tests.factories import ct_series, nm_tomo, pet_series
 from tests.node.line import PET_ROUTE, Line
 
 
@@ -301,13 +302,19 @@ def test_settings_the_method_does_not_know_hold_the_series(tmp_path: Path) -> No
 
 def test_identity_tells_apart_what_decides_the_image_and_nothing_else() -> None:
     """The order of the inputs is nothing; an input, the guide, a setting, the method and the version are something."""
-    import deconv
+    base: dict[str, Any] = {"inputs": ["1", "2"], "guide_inputs": ["3"], "method": "tv", "software_version": "1",
+                            "settings": {"seed": 0, "psf_fwhm_mm": 6.0}}
+    same = identity.job_identity(**base)
+    assert identity.job_identity(**{**base, "inputs": ["2", "1"]}) == same
+    assert identity.job_identity(**{**base, "settings": {"psf_fwhm_mm": 6.0, "seed": 0}}) == same
+    others: list[dict[str, Any]] = [
+        {"inputs": ["1"]}, {"inputs": ["1", "2", "3"], "guide_inputs": []}, {"guide_inputs": ["4"]},
+        {"method": "cubic"}, {"settings": {"seed": 1, "psf_fwhm_mm": 6.0}}, {"software_version": "2"}]
+    assert len({identity.job_identity(**{**base, **other}) for other in others} | {same}) == len(others) + 1
 
-    method = deconv.method("tv")
-    base = {"inputs": ["1", "2"], "guide_inputs": ["3"], "method": "tv", "settings": method.settings("default"),
-            "software_version": "1"}
-    same = job_identity(**{**base, "inputs": ["2", "1"]})  # type: ignore[arg-type]
-    assert same == job_identity(**base)  # type: ignore[arg-type]
-    others = [{"inputs": ["1"]}, {"inputs": ["1", "2", "3"], "guide_inputs": []}, {"guide_inputs": [make_uid("x")]},
-              {"settings": method.settings("default", psf_fwhm_mm=7.0)}, {"method": "cubic"}, {"software_version": "2"}]
-    assert len({job_identity(**{**base, **other}) for other in others} | {same}) == len(others) + 1  # type: ignore[arg-type]
+
+def test_the_child_tells_the_same_settings_as_the_method_itself_or_why_not() -> None:
+    """Asked once per route, so that the working process never loads torch."""
+    assert identity.full_settings("tv", "quick", {"psf_fwhm_mm": 7}) == full_settings("tv", "quick", {"psf_fwhm_mm": 7})
+    with pytest.raises(identity.SettingsRefused, match="nonsense"):
+        identity.full_settings("tv", "quick", {"nonsense": 1})
