@@ -7,9 +7,9 @@
    true width and climbs above it, where deconvolution begins to invent edges. On phantoms of 4.5 to 7.5 mm, with and
    without noise, d ln TV(x_w) / d ln w passes 1/2 within half a millimetre of the truth; so w minimises
 
-       ln TV(x_w) − ½ ln w + ½ (ln(w / w_prior) / s)²
+       ln TV(x_w) − ½ ln w + 0.1 · ½ (ln(w / w_prior) / s)²
 
-   first for one common width, then axis by axis.
+   for one common width.
 3. Networks: Gx learns to reproduce x_w, Gk to yield w; then both are fitted to the region together, as in the paper,
    with fidelity, TV and the prior around w. Gk has three outputs, the logarithms of the widths, bounded: this kernel is
    smooth and centred and cannot collapse to a delta.
@@ -67,8 +67,8 @@ class Settings:
     prior_log_sd: float = 0.3
     profile_widths: int = 9
     profile_iterations: int = 15
-    reproduce_steps: int = 30
-    network_steps: int = 60
+    reproduce_steps: int = 25
+    network_steps: int = 45
     learning_rate_x: float = 1e-3
     learning_rate_k: float = 2e-3
     output_scale: float = 1.5
@@ -112,33 +112,20 @@ def informative_region(y: NDArray[np.float32], spacing: Float3, largest: tuple[i
 
 
 def width_profile(
-    cost: Callable[[Float3], float], settings: Settings, *, on_try: Callable[[float], None]
-) -> Float3:
-    """Widths (w_d, w_h, w_w) mm that minimise `cost`: a common width over the bounds, then axis by axis.
+    cost: Callable[[float], float], settings: Settings, *, on_try: Callable[[float], None]
+) -> float:
+    """The width w (mm) between the bounds that minimises `cost`: a row of widths, then between the best three.
 
-    The minimum between tried widths is that of a parabola in ln w. on_try is called with every cost.
+    One width for all axes: along a single axis the image's own anisotropy outweighs the kernel's. The minimum between
+    tried widths is that of a parabola in ln w. on_try is called with every cost.
     """
-
-    def best(logs: NDArray[np.float64], width_at: Callable[[float], Float3]) -> float:
-        costs = []
-        for value in logs:
-            costs.append(cost(width_at(value)))
-            on_try(costs[-1])
-        return _lowest(logs, np.array(costs))
-
     low, high = np.log(settings.fwhm_bounds_mm)
-    common = best(np.linspace(low, high, settings.profile_widths), lambda v: np.full(3, np.exp(v)))
-    logs = np.full(3, common)
-    for axis in range(3):
-        step = 0.15
-
-        def width_at(value: float, axis: int = axis, start: NDArray[np.float64] = logs) -> Float3:
-            moved = start.copy()
-            moved[axis] = value
-            return np.exp(moved)
-
-        logs = np.log(width_at(np.clip(best(logs[axis] + np.array([-step, 0.0, step]), width_at), low, high)))
-    return np.exp(logs)
+    logs = np.linspace(low, high, settings.profile_widths)
+    costs = []
+    for value in logs:
+        costs.append(cost(float(np.exp(value))))
+        on_try(costs[-1])
+    return float(np.exp(_lowest(logs, np.array(costs))))
 
 
 def _lowest(places: NDArray[np.float64], costs: NDArray[np.float64]) -> float:
@@ -203,13 +190,13 @@ def deconvolve(
     slab = _slab(y.shape, settings)
     pieces = 1 if slab is None else -(-y.shape[0] // slab) + 1
     count = _Counter(
-        settings.profile_widths + 9 + settings.reproduce_steps + settings.network_steps + settings.iterations * pieces,
+        settings.profile_widths + settings.reproduce_steps + settings.network_steps + settings.iterations * pieces,
         on_step,
     )
     box = y[informative_region(y, spacing, settings.region_voxels)]
     region = torch.from_numpy(box / box.max()).to(device)
-    widths, at_bound = _profiled(region, spacing, settings, count)
-    profiled = widths
+    profiled, at_bound = _profiled(region, spacing, settings, count)
+    widths = np.full(3, profiled)
     losses: dict[str, NDArray[np.float32]] = {}
     if settings.network_steps:
         widths, losses = _Networks(region, spacing, widths, settings, count).fitted()
@@ -219,10 +206,9 @@ def deconvolve(
         iterations=settings.iterations, spacing=tuple(spacing), slab=slab,
         on_step=lambda p: count("whole volume", p.loss),
     ).cpu().numpy()
-    metrics = {"kernel_at_prior_bound": float(at_bound)}
+    metrics = {"kernel_at_prior_bound": float(at_bound), "profile_fwhm_mm": profiled}
     for axis, name in enumerate("dhw"):
         metrics[f"kernel_fwhm_{name}_mm"] = float(widths[axis])
-        metrics[f"profile_fwhm_{name}_mm"] = float(profiled[axis])
     return finished(
         volume, x, gaussian(widths, spacing), top, preset=settings.preset, settings=plain(settings), losses=losses,
         seconds=time.perf_counter() - start, metrics=metrics,
@@ -234,22 +220,23 @@ def _slab(shape: tuple[int, ...], settings: Settings) -> int | None:
     return slices if slices < shape[0] else None
 
 
-def _profiled(region: Tensor, spacing: Float3, settings: Settings, count: _Counter) -> tuple[Float3, bool]:
-    """Widths by `width_profile` on the region, and whether one lies on a bound."""
+def _profiled(region: Tensor, spacing: Float3, settings: Settings, count: _Counter) -> tuple[float, bool]:
+    """The width by `width_profile` on the region, and whether it lies on a bound."""
 
-    def cost(widths: Float3) -> float:
-        x = _sharp(region, spacing, widths, settings)
-        mean_log = float(np.log(widths).mean())
-        prior = 0.5 * ((mean_log - np.log(settings.fwhm_prior_mm)) / settings.prior_log_sd) ** 2
-        return float(np.log(float(total_variation(x)))) - 0.5 * mean_log + PRIOR_WEIGHT * prior
+    def cost(width: float) -> float:
+        x = _sharp(region, spacing, np.full(3, width), settings)
+        prior = 0.5 * (np.log(width / settings.fwhm_prior_mm) / settings.prior_log_sd) ** 2
+        return float(np.log(float(total_variation(x))) - 0.5 * np.log(width) + PRIOR_WEIGHT * prior)
 
-    widths = width_profile(cost, settings, on_try=partial(count, "kernel width"))
+    width = width_profile(cost, settings, on_try=partial(count, "kernel width"))
     low, high = settings.fwhm_bounds_mm
-    return widths, bool(np.any(widths <= low * 1.001) or np.any(widths >= high * 0.999))
+    return width, not low * 1.001 < width < high * 0.999
 
 
 #: of the prior against ln TV, whose curvature about its minimum is near 2 per (ln w)² on phantoms
 PRIOR_WEIGHT = 0.1
+#: of the start against TV in the networks' loss: they may correct the width by some per cent, not replace it
+PULL = 1e-2
 
 
 def _sharp(region: Tensor, spacing: Float3, widths: Float3, settings: Settings) -> Tensor:
@@ -302,10 +289,10 @@ class _Networks:
         return relative_squares(self.gx(self.zx)[0, 0], self.goal)
 
     def _objective(self) -> Tensor:
-        """8/2 |P(x ∗ k_w) − y|² + weight · TV(x), means over the fine grid, and the prior around the start."""
+        """½ |P(x ∗ k_w) − y|² + weight · (TV(x) + pull to the start), means over the voxels."""
         x, widths = self.gx(self.zx)[0, 0], self.gw()
         k = gaussian_tensor(widths, self.spacing / 2, self.shape)
         residual = downsample(blur(x, k)) - self.y
         prior = ((widths / self.start).log() / 0.1).square().mean()
         weight = self.settings.tv_weight
-        return 0.5 * residual.square().mean() + weight * (total_variation(x) + 1e-3 * prior)
+        return 0.5 * residual.square().mean() + weight * (total_variation(x) + PULL * prior)
