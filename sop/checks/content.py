@@ -80,7 +80,7 @@ def content_items(source: Sequence[Instance], derived: Sequence[Instance], kerne
     halves = [(lower + upper) / 2 for lower, upper in zip(after[0::2], after[1::2])]
     pooled: NDArray[np.float32] = np.stack(halves, dtype=np.float32)
     seen = pooled if kernel is None else reblurred(pooled, kernel)
-    items = [*_activity_items(y, pooled, seen, kernel is not None, limits),
+    items = [*_activity_items(y, pooled, seen, kernel, limits),
              at_most("maximum", _ratio(max(item.maximum for item in derived), float(y.max())), limits.maximum,
                      "derived maximum over source maximum"),
              *_place_items(y, seen, limits),
@@ -106,20 +106,36 @@ def reblurred(pooled: NDArray[np.float32], kernel: NDArray) -> NDArray[np.float3
     return full[tuple(slice(2 * h, 2 * h + n) for h, n in zip(halves, pooled.shape))]
 
 
-def _activity_items(y: NDArray[np.float32], pooled: NDArray[np.float32], seen: NDArray[np.float32], blurred: bool,
-                    limits: Limits) -> list[CheckItem]:
+def _activity_items(y: NDArray[np.float32], pooled: NDArray[np.float32], seen: NDArray[np.float32],
+                    kernel: NDArray | None, limits: Limits) -> list[CheckItem]:
     before, after = (volume.sum(axis=(1, 2), dtype=np.float64) for volume in (y, seen))
     total, kept = float(before.sum()), float(pooled.sum(dtype=np.float64))
+    items = [at_most("activity", abs(_ratio(kept, total) - 1), limits.activity, "change of the activity in all")]
     usual = np.maximum(np.abs(before), limits.quiet_slice * np.abs(before).mean())
-    if not blurred:  # deblurring gives back what a slice had lost to its neighbours
+    if kernel is None:  # deblurring gives back what a slice had lost to its neighbours
         usual = ndimage.maximum_filter1d(usual, 3, mode="nearest")
-    worst = float((np.abs(after - before) / np.where(usual > 0, usual, 1)).max())
-    limit = limits.slice_activity if blurred else limits.slice_activity_sharp
-    what = "on the re-blurred image" if blurred else "without re-blurring"
+    change = np.abs(after - before) / np.where(usual > 0, usual, 1)
+    if kernel is None:
+        return [*items, at_most("slice-activity", float(change.max()), limits.slice_activity_sharp,
+                                "change of the activity of a source slice, without re-blurring")]
+    # What lies beyond the first and last slice is not known, and what of it blurs in depends on what one assumes.
+    reach = min(_fwhm_slices(kernel), (len(change) - 1) // 2)
+    inside, ends = change[reach:len(change) - reach], np.concatenate([change[:reach], change[len(change) - reach:]])
     return [
-        at_most("activity", abs(_ratio(kept, total) - 1), limits.activity, "change of the activity in all"),
-        at_most("slice-activity", worst, limit, f"change of the activity of a source slice, {what}"),
+        *items,
+        at_most("slice-activity", float(inside.max()), limits.slice_activity,
+                "change of the activity of a source slice, on the re-blurred image"),
+        at_most("end-slice-activity", float(ends.max(initial=0.0)), limits.end_slice_activity,
+                f"the same in the {reach} slices at either end"),
     ]
+
+
+def _fwhm_slices(kernel: NDArray) -> int:
+    """FWHM of the kernel along the slices, in slices, rounded up; that of a Gaussian of the same variance."""
+    profile = np.maximum(kernel.sum(axis=(1, 2), dtype=np.float64), 0)
+    place = np.arange(len(profile))
+    mean = (profile @ place) / profile.sum()
+    return math.ceil(2 * math.sqrt(2 * math.log(2) * (profile @ (place - mean) ** 2) / profile.sum()))
 
 
 def _place_items(y: NDArray[np.float32], seen: NDArray[np.float32], limits: Limits) -> list[CheckItem]:
@@ -230,7 +246,9 @@ def _terms(y: NDArray[np.float32], step: int) -> list[NDArray[np.float64]]:
 def _suv_items(source: Sequence[Instance], derived: Sequence[Instance], limits: Limits) -> list[CheckItem]:
     before, after = (suv_factors([item.header for item in series]).bw for series in (source, derived))
     if isinstance(before, Refused) or isinstance(after, Refused):
-        same = isinstance(before, Refused) and isinstance(after, Refused) and before.code == after.code
+        # Values whose unit a person vouched for have it in the derived series only; neither gives an SUV.
+        same = isinstance(before, Refused) and isinstance(after, Refused) \
+            and before.code in (after.code, "units-missing")
         told = [one.code if isinstance(one, Refused) else f"{one:.8g}" for one in (before, after)]
         promise = "the SUV factor is the source's, or refused for the same reason"
         return [CheckItem("suv", same, told[1], told[0], promise)]

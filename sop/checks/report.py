@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,7 +17,8 @@ class Limits:
     quantisation           half a stored step, as a fraction of the slice maximum.
     activity               |sum derived / sum source - 1|, whole image.
     slice_activity         the same per source slice on the re-blurred image, relative to the slice's activity or to
-                           `quiet_slice` of the mean slice's, whichever is more.
+                           `quiet_slice` of the mean slice's, whichever is more; noise is no fault of a quiet slice.
+    end_slice_activity     the same in the end slices that the kernel reaches from beyond the field of view.
     slice_activity_sharp   the same without a kernel, where deblurring itself moves activity between slices; relative
                            to the slice or the more active of its neighbours.
     maximum                derived maximum / source maximum.
@@ -31,7 +33,8 @@ class Limits:
     activity: float = 5e-3
     slice_activity: float = 2e-2
     slice_activity_sharp: float = 0.25
-    quiet_slice: float = 0.05
+    quiet_slice: float = 0.5
+    end_slice_activity: float = 0.1
     maximum: float = 3.0
     shift_voxels: float = 0.125
     correlation: float = 0.8
@@ -67,8 +70,16 @@ class CheckReport:
         return tuple(item for item in self.items if not item.ok)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values: {"ok": ..., "items": [{"name", "ok", "measured", "limit", "message"}, ...]}."""
-        return {"ok": self.ok, "items": [asdict(item) for item in self.items]}
+        """Plain JSON values: {"ok": ..., "items": [{"name", "ok", "measured", "limit", "message"}, ...]}.
+
+        A figure that is not finite, as of an attribute that is missing, becomes null.
+        """
+        items = [asdict(item) for item in self.items]
+        for item in items:
+            for key in ("measured", "limit"):
+                if isinstance(item[key], float) and not math.isfinite(item[key]):
+                    item[key] = None
+        return {"ok": self.ok, "items": items}
 
 
 def at_most(name: str, measured: float, limit: float, what: str) -> CheckItem:
