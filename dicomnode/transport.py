@@ -9,6 +9,7 @@ arrives, uncopied; connections beyond a limit are closed at once.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import select
@@ -106,7 +107,6 @@ class _Dul(DULServiceProvider):
         self._run_loop_delay = 0.0
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._wake_lock = threading.Lock()
-        self._stir = assoc.stir
         self._buffer = bytearray()
         self.to_user_queue = _UserQueue(assoc.stir)
 
@@ -137,7 +137,7 @@ class _Dul(DULServiceProvider):
             with self._wake_lock:
                 os.close(self._wake)
                 self._wake = -1
-            self._stir()
+            self.to_user_queue.put(cast(Any, None))  # who waits for an A-ASSOCIATE request need not wait for the timeout
 
     def _is_transport_event(self) -> bool:
         if self.state_machine.current_state != "Sta13" and self.event_queue.empty():
@@ -254,7 +254,7 @@ class Acceptor(Association):
         provider.make_intake = make_intake
         self.dimse = provider
         self.dul = _Dul(self)
-        self.network_timeout = ae.network_timeout
+        self.network_timeout, self.acse_timeout = ae.network_timeout, ae.acse_timeout  # again: they set its timers
 
     def stir(self) -> None:
         """Something happened that the association's thread should look at."""
@@ -307,7 +307,7 @@ class _Handler(RequestHandler):
     server: Server
 
     def handle(self) -> None:
-        if self.server.connections_open() >= self.server.connection_limit:
+        if self.server.full() and not self.server.drop_oldest_without_request():
             self.server.shutdown_request(self.request)
             return
         super().handle()
@@ -350,20 +350,31 @@ class Server(AssociationServer):
         self.make_intake = make_intake
         self.connection_limit = connection_limit
         self._on_end = on_end
-        self._open: set[Acceptor] = set()
+        self._open: dict[Acceptor, None] = {}  # in order of arrival
         kwargs["request_handler"] = _Handler
         super().__init__(ae, *args, **kwargs)
         ae._servers.append(cast(Any, self))
 
     def opened(self, assoc: Acceptor) -> None:
-        self._open.add(assoc)
+        self._open[assoc] = None
 
     def on_end(self, assoc: Acceptor) -> None:
-        self._open.discard(assoc)
+        self._open.pop(assoc, None)
         self._on_end(assoc)
 
-    def connections_open(self) -> int:
-        return len(self._open)
+    def full(self) -> bool:
+        return len(self._open) >= self.connection_limit
+
+    def drop_oldest_without_request(self) -> bool:
+        """Close the connection that has owed its A-ASSOCIATE request longest; False where all have sent theirs."""
+        for assoc in self.associations():
+            wrapped = assoc.dul.socket
+            if assoc.requestor.primitive is None and wrapped is not None and wrapped.socket is not None:
+                self._open.pop(assoc, None)
+                with contextlib.suppress(OSError):  # it went by itself meanwhile
+                    wrapped.socket.shutdown(socket.SHUT_RDWR)
+                return True
+        return False
 
     def associations(self) -> list[Acceptor]:
         return list(self._open)
