@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -161,3 +162,16 @@ def test_factors_equal_those_of_calculate_suv(shared_data, name):
     if "CNTS" in name:
         factor *= philips_factor(headers[0], PHILIPS_BQML) or philips_factor(headers[0], PHILIPS_SUV)
     assert factor == pytest.approx(KNOWN_FACTORS[name], rel=1e-9)
+
+
+@pytest.mark.parametrize("name", ["ge_sts001_pet_raw", "ge_sts035_ibsi/PET", "philips_suvval_pt"])
+def test_headers_are_byte_for_byte_the_scanners(shared_data, name):
+    """Written again, the header of every slice gives the bytes of its file up to the pixel data."""
+    info = read_series(files(shared_data / name))[1]
+    for item in info.slices:
+        assert item.path is not None
+        buffer = BytesIO()
+        item.header.save_as(buffer, implicit_vr=True, little_endian=True)
+        written = buffer.getvalue()
+        start = written.index(b"\x08\x00\x05\x00")  # SpecificCharacterSet, the first element of these files
+        assert written[start:] in item.path.read_bytes()
