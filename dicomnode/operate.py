@@ -119,7 +119,8 @@ def _one(ledger: Ledger, target: str, verb: str, series_states: Set[str], job_st
     rows = _named(ledger, target)
 
     def fits(row: dict[str, Any]) -> bool:
-        if row["job_id"] is not None and (row["job_state"] in job_states or dead_too and _dead(ledger, row["job_id"])):
+        has_job = row["job_id"] is not None
+        if has_job and (row["job_state"] in job_states or (dead_too and _dead(ledger, row["job_id"]))):
             return True
         return row["series_state"] in series_states and (len(rows) == 1 or row["modality"] == "PT")
 

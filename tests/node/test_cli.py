@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -70,8 +72,8 @@ def save(datasets: list[Any], folder: Path) -> Path:
 def test_jobs_as_json_has_what_programs_rely_on(config):
     """One element per series, with at least these keys; stdout holds nothing else."""
     rows = answer("jobs", "--config", config)
-    keys = {"study", "series", "state", "reason", "code", "modality", "derived_series", "job", "route", "method", "preset",
-            "attempts", "progress", "guide_series", "accession_number", "received_at"}
+    keys = {"study", "series", "state", "reason", "code", "modality", "derived_series", "job", "route", "method",
+            "preset", "attempts", "progress", "guide_series", "accession_number", "received_at"}
     assert len(rows) == 1 and keys <= set(rows[0])
     assert (rows[0]["state"], rows[0]["code"], rows[0]["received_at"]) == ("held", "gap", "1970-01-01T00:00:10Z")
 
@@ -108,15 +110,14 @@ def test_a_person_decides_and_the_history_says_so(config):
     (("jobs", "--config", "nowhere.toml"), 2),
     (("jobs", "--no-such-option"), 2),
     (("no-such-command",), 2),
-    (("show", "nothing"), 2),
-    (("retry", "A7"), 0),
-    (("hold", "A7"), 3),
+    (("show", "nothing", "--config", "NODE"), 2),
+    (("retry", "A7", "--config", "NODE"), 0),
+    (("hold", "A7", "--config", "NODE"), 3),
     (("verify", "nowhere", "nowhere"), 2),
 ])
 def test_exit_codes(config, arguments, code):
     """2 for usage and what is not there, 3 for what is refused; errors go to stderr, one sentence, no traceback."""
-    given = arguments if "--config" in arguments or code == 2 and arguments[0] != "show" else (*arguments, "--config", config)
-    result = dicomnode(*given)
+    result = dicomnode(*(config if argument == "NODE" else argument for argument in arguments))
     assert result.exit_code == code, result.stderr
     if code:
         assert result.stdout == "" and result.stderr and "Traceback" not in result.stderr
@@ -154,7 +155,7 @@ def test_check_finds_a_node_that_is_ready(config):
 
 def test_check_names_a_dead_peer_and_answers_4(config):
     """A peer that does not answer C-ECHO is a problem of its own kind."""
-    config.write_text(config.read_text() + f'[[peer]]\nname = "PACS"\nae_title = "PACS"\nhost = "127.0.0.1"\n'
+    config.write_text(config.read_text() + '[[peer]]\nname = "PACS"\nae_title = "PACS"\nhost = "127.0.0.1"\n'
                       f'port = {free_port()}\n')
     result = dicomnode("check", "--config", config, "--json")
     assert (result.exit_code, verdicts(result)["peer PACS"]) == (4, "problem")
@@ -171,8 +172,8 @@ def test_check_finds_a_full_disk_a_wrong_setting_and_a_clock_that_was_never_set(
     """Each with its remedy."""
     config.write_text(config.read_text().replace("low_disk_mb = 1", "low_disk_mb = 1000000000") + (
         '[[peer]]\nname = "P"\nae_title = "P"\nhost = "127.0.0.1"\nport = 9\n'
-        '[[route]]\nname = "r"\nwhen = { Modality = "PT" }\nmethod = "tv"\npreset = "default"\nsettings = { nosuch = 1 }\n'
-        'send_to = ["P"]\n'))
+        '[[route]]\nname = "r"\nwhen = { Modality = "PT" }\nmethod = "tv"\npreset = "default"\n'
+        'settings = { nosuch = 1 }\nsend_to = ["P"]\n'))
     found = {item.what: item for item in acceptance.check(config, now=86400.0)}
     for what in ("disk", "route r", "clock"):
         assert found[what].verdict == "problem" and found[what].remedy, what
@@ -180,12 +181,9 @@ def test_check_finds_a_full_disk_a_wrong_setting_and_a_clock_that_was_never_set(
 
 def test_check_tells_a_foreign_program_on_the_port(config, tmp_path):
     """A port that is taken by something that is no DICOM node."""
-    import socket
-
     with socket.create_server(("127.0.0.1", 0)) as server:
-        text = config.read_text().replace("[reception]", "[delivery]\nconnect_timeout_s = 1\ndimse_timeout_s = 1\n[reception]")
-        lines = [f"port = {server.getsockname()[1]}" if line.startswith("port") else line for line in text.splitlines()]
-        config.write_text("\n".join(lines))
+        text = config.read_text() + "[delivery]\nconnect_timeout_s = 1\ndimse_timeout_s = 1\n"
+        config.write_text(re.sub(r"port = \d+", f"port = {server.getsockname()[1]}", text))
         found = {item.what: item for item in acceptance.check(config, now=2e9)}
     assert found["port"].verdict == "problem" and "stop the program" in found["port"].remedy
 
@@ -228,7 +226,8 @@ def test_deblur_asks_which_of_two_pets(tmp_path):
     result = dicomnode("deblur", folder, tmp_path / "out", *TV)
     uids = [str(first[0].SeriesInstanceUID), str(second[0].SeriesInstanceUID)]
     assert result.exit_code == 3 and all(uid in result.stderr for uid in uids) and "--series" in result.stderr
-    report = answer("deblur", folder, tmp_path / "out", "--series", uids[1], "--method", "nearest", "--preset", "default")
+    nearest = ("--method", "nearest", "--preset", "default")
+    report = answer("deblur", folder, tmp_path / "out", "--series", uids[1], *nearest)
     assert report["source"]["series_uid"] == uids[1]
 
 

@@ -58,7 +58,8 @@ def test_retry_queues_a_held_job_with_fresh_attempts(ledger):
         ledger.set_job(job, "held", now=31, code="attempts", reason="every attempt failed")
         done = operate.retry(ledger, name, now=32, actor="mia")
         row = ledger.job(job)
-        assert (done.job, done.state, row["state"], row["attempts"], row["run_after"]) == (job, "queued", "queued", 0, 32)
+        assert (done.job, done.state, row["state"]) == (job, "queued", "queued")
+        assert (row["attempts"], row["run_after"]) == (0, 32)
         assert row["finished_at"] is None
 
 
