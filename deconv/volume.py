@@ -11,7 +11,7 @@ __all__ = ["Volume"]
 
 
 def _locked(values: ArrayLike, dtype: type, shape: tuple[int, ...], name: str) -> NDArray:
-    array = np.array(values, dtype=dtype)
+    array: NDArray = np.array(values, dtype=dtype)
     if array.shape != shape:
         raise ValueError(f"{name} must have shape {shape}, got {array.shape}")
     if not np.all(np.isfinite(array)):
@@ -62,7 +62,9 @@ class Volume:
         object.__setattr__(self, "direction", direction)
 
     @classmethod
-    def axial(cls, array: ArrayLike, spacing: ArrayLike, *, origin: ArrayLike = (0, 0, 0), unit: str = "Bq/ml") -> Volume:
+    def axial(
+        cls, array: ArrayLike, spacing: ArrayLike, *, origin: ArrayLike = (0, 0, 0), unit: str = "Bq/ml"
+    ) -> Volume:
         """A supine head-first axial volume: slices step along +z (S), rows along +y (P), columns along +x (L)."""
         return cls(np.asarray(array), np.asarray(spacing), np.asarray(origin), np.eye(3)[:, ::-1], unit)
 
@@ -91,13 +93,14 @@ class Volume:
 
     def index(self, position: ArrayLike) -> NDArray[np.float64]:
         """Fractional index (..., 3) as (d, h, w) of LPS mm positions (..., 3)."""
-        return np.linalg.solve(self.direction * self.spacing, (np.asarray(position) - self.origin)[..., None])[..., 0]
+        offset = np.asarray(position, dtype=np.float64) - self.origin
+        return np.asarray(np.linalg.solve(self.direction * self.spacing, offset[..., None])[..., 0], dtype=np.float64)
 
     def same_grid(self, other: Volume, *, atol_mm: float = 1e-3) -> bool:
         """Whether the eight corner voxels of both volumes lie at the same places."""
         if self.shape != other.shape:
             return False
-        corners = np.array([[d, h, w] for d in (0, self.shape[0]) for h in (0, self.shape[1]) for w in (0, self.shape[2])])
+        corners = np.indices((2, 2, 2)).reshape(3, 8).T * self.shape
         return bool(np.allclose(self.position(corners), other.position(corners), atol=atol_mm))
 
     def with_array(self, array: ArrayLike, *, unit: str | None = None) -> Volume:

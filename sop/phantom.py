@@ -87,7 +87,7 @@ def _write_series(folder: Path, series_uid: str, slices: list[Dataset], uid_root
         ds.file_meta.MediaStorageSOPClassUID = ds.SOPClassUID
         ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPInstanceUID
         ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-        ds.file_meta.ImplementationClassUID = IMPLEMENTATION_CLASS_UID
+        ds.file_meta.ImplementationClassUID = UID(IMPLEMENTATION_CLASS_UID)
         ds.file_meta.ImplementationVersionName = IMPLEMENTATION_VERSION_NAME
         files.append(folder / f"{ds.Modality}{index + 1:04d}.dcm")
         ds.save_as(files[-1], enforce_file_format=True)
