@@ -16,6 +16,7 @@ from typing import Any
 
 __all__ = ["SettingsRefused", "full_settings", "job_identity"]
 
+ATTEMPTS = 3  # a child may be killed for lack of memory that is there a moment later
 TIMEOUT_S = 300.0  # importing the libraries of a method on a busy machine
 
 
@@ -47,8 +48,10 @@ def full_settings(method: str, preset: str, overrides: Mapping[str, Any]) -> dic
 
 @lru_cache(maxsize=256)
 def _asked(method: str, preset: str, overrides: str) -> str:
-    child = subprocess.run([sys.executable, "-m", "dicomnode.pipeline", "--settings", method, preset, overrides],
-                           capture_output=True, text=True, timeout=TIMEOUT_S, stdin=subprocess.DEVNULL)
-    if child.returncode != 0:
-        raise RuntimeError(f"the settings of {method} cannot be determined: {child.stderr.strip()[-500:]}")
-    return child.stdout
+    for _ in range(ATTEMPTS):
+        child = subprocess.run([sys.executable, "-m", "dicomnode.pipeline", "--settings", method, preset, overrides],
+                               capture_output=True, text=True, timeout=TIMEOUT_S, stdin=subprocess.DEVNULL)
+        if child.returncode == 0:
+            return child.stdout
+    raise RuntimeError(f"the settings of {method} cannot be determined: status {child.returncode}, "
+                       f"{child.stderr.strip()[-500:]}")

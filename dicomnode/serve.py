@@ -1,7 +1,7 @@
 """The whole node in the foreground: a supervisor with the receiver and the worker as child processes.
 
 Prints exactly one line, `ready`, on standard output, when the receiver accepts associations and the worker runs. A
-child that ends is started again after a wait that doubles. SIGTERM ends both cleanly; when the supervisor itself is
+child that ends is started again after a moment, longer when it never was ready. SIGTERM ends both cleanly; when the supervisor itself is
 killed the kernel kills them, so that a new one finds port and data directory free.
 """
 
@@ -28,8 +28,9 @@ __all__ = ["PARTS", "Part", "foreground", "run"]
 PARTS = ("receive", "work")
 READY = "ready"
 POLL_S = 0.2
-FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0
-STEADY_S = 10.0  # a child that lived so long starts again without a longer wait
+# Before a part that ended is started again. Long waits would keep scanners waiting; these keep a part that fails at
+# once from taking the processor.
+FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 5.0
 FIRST_STARTS = 3  # before the node was ever ready: then something is wrong for good, such as a port in use
 CHILD_GRACE_S = 9.0
 
@@ -85,16 +86,15 @@ class _Child:
     starts: int = 0
     wait_s: float = FIRST_WAIT_S
     start_at: float = 0.0
-    started_at: float = 0.0
     _line: bytes = field(default=b"")
 
-    def start(self, now: float) -> None:
+    def start(self) -> None:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "dicomnode", self.name, "--config", str(self.config_path)],
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True,
             env={**os.environ, PARENT_VARIABLE: str(os.getpid()), "NOTIFY_SOCKET": ""},
         )
-        self.ready, self._line, self.starts, self.started_at = False, b"", self.starts + 1, now
+        self.ready, self._line, self.starts = False, b"", self.starts + 1
         log.info(f"{self.name} started", action="child_started", part=self.name, process=self.process.pid)
 
     def hear(self) -> None:
@@ -115,8 +115,7 @@ class _Child:
         if self.process.stdout is not None:
             self.process.stdout.close()
         self.process = None
-        steady = now - self.started_at > STEADY_S
-        self.wait_s = FIRST_WAIT_S if steady else min(LONGEST_WAIT_S, self.wait_s * 2)
+        self.wait_s = FIRST_WAIT_S if self.ready else min(LONGEST_WAIT_S, self.wait_s * 2)
         self.start_at = now + self.wait_s
         log.error(f"{self.name} ended, status {code}; started again in {self.wait_s:g} s", action="child_ended",
                   part=self.name, status=code)
@@ -135,17 +134,17 @@ class _Supervisor:
                 if child.process is not None and child.process.poll() is not None:
                     child.reap(now)
                 if child.process is None and now >= child.start_at:
-                    self._start(child, now)
+                    self._start(child)
             self._listen()
             if not self._was_ready and all(child.ready for child in self._children):
                 self._was_ready = True
                 _say_ready()
 
-    def _start(self, child: _Child, now: float) -> None:
+    def _start(self, child: _Child) -> None:
         if not self._was_ready and child.starts >= FIRST_STARTS:
             raise NodeError(f"{child.name} ended {child.starts} times before the node was ready; its messages above "
                             "say why. Remedy: `dicomnode check`.")
-        child.start(now)
+        child.start()
 
     def _listen(self) -> None:
         running = [child for child in self._children if child.process is not None]
