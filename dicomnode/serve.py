@@ -1,8 +1,8 @@
 """The whole node in the foreground: a supervisor with the receiver and the worker as child processes.
 
 Prints exactly one line, `ready`, on standard output, when the receiver accepts associations and the worker runs. A
-child that ends is started again after a moment, longer when it never was ready. SIGTERM ends both cleanly; when the supervisor itself is
-killed the kernel kills them, so that a new one finds port and data directory free.
+child that ends is started again after a moment, a longer one when it never was ready. SIGTERM ends both cleanly; when
+the supervisor itself is killed the kernel kills them, so that a new one finds port and data directory free.
 """
 
 from __future__ import annotations
