@@ -180,13 +180,16 @@ class Ledger:
         values = dict(vars(row))
         values["position"] = json.dumps(row.position) if row.position else None
         values["orientation"] = json.dumps(row.orientation) if row.orientation else None
-        old = db.execute("SELECT sha256 FROM instance WHERE sop_instance_uid = ?", (row.sop_instance_uid,)).fetchone()
+        old = db.execute("SELECT sha256, study_uid, series_uid FROM instance WHERE sop_instance_uid = ?",
+                         (row.sop_instance_uid,)).fetchone()
         if old and old["sha256"] == row.sha256:
             return "repeat"
         if old:
+            # Whatever series the other bytes claim to be of: it is the series in use that is in doubt.
+            values |= {"study_uid": old["study_uid"], "series_uid": old["series_uid"]}
             added = db.execute(SQL["add_conflict"], values).rowcount
             if added:
-                self.event("reception", now=row.received_at, study_uid=row.study_uid, series_uid=row.series_uid,
+                self.event("reception", now=row.received_at, study_uid=old["study_uid"], series_uid=old["series_uid"],
                            code="conflict", actor=row.calling_ae,
                            reason=f"other bytes under SOP Instance UID {row.sop_instance_uid}; kept aside, not used")
             return "conflict"

@@ -21,7 +21,7 @@ from dicomnode.errors import CannotUnderstand, DiskFull
 __all__ = ["Spool", "fsync_dir", "valid_uid"]
 
 _FOLDERS_REMEMBERED = 10_000
-_UID = re.compile(r"(0|[1-9]\d*)(\.(0|[1-9]\d*))*")
+_UID = re.compile(r"(0|[1-9][0-9]*)(\.(0|[1-9][0-9]*))*")
 
 
 def valid_uid(uid: str) -> bool:
