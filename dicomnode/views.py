@@ -41,6 +41,7 @@ def jobs(ledger: Ledger, study: str | None = None) -> list[Json]:
 def show(ledger: Ledger, study: str) -> Json:
     """Everything about one study: its series, their jobs and deliveries, and the history.
 
+    `judged` of a series says why it was found complete and which CT was chosen, of which, and why.
     `study` is a study, series or derived series UID or an accession number. Raises NotFound, and RefusedInput where
     an accession number belongs to several studies.
     """
@@ -52,14 +53,17 @@ def show(ledger: Ledger, study: str) -> Json:
                            "Remedy: name one of them by its Study Instance UID.")
     study_uid = found.pop()
     rows = sorted(ledger.overview(study_uid), key=lambda row: (row["first_at"], row["series_uid"]))
+    events = [_event(event) for event in ledger.events(study_uid=study_uid)]
     return {
         "study": study_uid,
         "accession_number": next((row["accession_number"] for row in rows if row["accession_number"]), ""),
         "series": [_series(row) | {
+            "judged": next((event["reason"] for event in reversed(events)
+                            if event["series"] == row["series_uid"] and event["to_state"] == "complete"), ""),
             "conflicts": len(ledger.conflicts(row["series_uid"])),
             "jobs": [_job(ledger, job) for job in ledger.jobs_of_series(row["series_uid"])],
         } for row in rows],
-        "events": [_event(event) for event in ledger.events(study_uid=study_uid)],
+        "events": events,
     }
 
 

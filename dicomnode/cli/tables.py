@@ -26,12 +26,12 @@ def print_jobs(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
         console.print("Nothing has come yet.")
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("job", "received", "accession", "", "series", "images", "state"):
-        table.add_column(name, overflow="fold")
-    table.add_column("reason", ratio=1)
+    for name in ("job", "received (UTC)", "accession", "", "series", "images", "state"):
+        table.add_column(name, overflow="fold", no_wrap=name.startswith("received"))
+    table.add_column("reason", ratio=1, overflow="fold")
     for row in rows:
         name = " ".join(filter(None, [row["series_number"], row["series_description"]])) or row["series"]
-        table.add_row(str(row["job"] or ""), _short(row["received_at"]), escape(row["accession_number"]),
+        table.add_row(str(row["job"] or ""), _short(row["received_at"])[:16], escape(row["accession_number"]),
                       row["modality"], escape(name), str(row["instances"]), _state(row["state"]), escape(_why(row)))
     console.print(table)
 
@@ -41,7 +41,8 @@ def print_status(console: Console, value: Mapping[str, Any]) -> None:
     for kind in ("series", "job", "delivery"):
         found = ", ".join(f"{n} {state}" for state, n in sorted(counts[kind].items())) or "none"
         console.print(f"{kind:<10}{found}")
-    console.print(f"{'instances':<10}{counts['instance']['all']}, last {_short(value['last_received_at']) or 'never'}")
+    last = f", last at {_short(value['last_received_at'])} UTC" if value["last_received_at"] else ""
+    console.print(f"{'instances':<10}{counts['instance']['all']}{last}")
     console.print(f"{'disk':<10}{value['free_bytes'] / 2**30:.1f} GiB free")
     for title, rows in (("Running", value["running"]), ("Waiting for a person", value["held"])):
         if rows:
@@ -56,14 +57,16 @@ def print_study(console: Console, value: Mapping[str, Any]) -> None:
         name = " ".join(filter(None, [series["series_number"], series["series_description"]]))
         console.print(f"\n[bold]{series['modality']} series[/bold] {series['series']}  {escape(name)}")
         console.print(f"  {series['instances']} images from {escape(series['calling_ae'])}, "
-                      f"{_short(series['received_at'])} to {_short(series['last_received_at'])}")
-        _line(console, series["series_state"], series["series_reason"])
+                      f"{_short(series['received_at'])} to {_short(series['last_received_at'])} UTC")
+        _line(console, series["series_state"], series["series_reason"] or series["judged"])
         if series["conflicts"]:
             console.print(f"  {series['conflicts']} objects with other bytes under a known UID are kept aside")
         for job in series["jobs"]:
             _print_job(console, job)
-    console.print("\n[bold]History[/bold]")
+    console.print("\n[bold]History[/bold] (UTC)")
     table = Table(box=None, pad_edge=False, show_header=False)
+    for name in ("at", "what", "change", "reason", "actor"):
+        table.add_column(name, overflow="fold", no_wrap=name in ("at", "what", "change"))
     for event in value["events"]:
         what = f"job {event['job']}" if event["job"] else event["kind"]
         change = " → ".join(filter(None, [event["from_state"], event["to_state"]])) or event["code"]
@@ -107,12 +110,29 @@ def _print_job(console: Console, job: Mapping[str, Any]) -> None:
     console.print(f"  [bold]job {job['job']}[/bold] by route {escape(job['route'])}: {job['method']}, preset "
                   f"{job['preset']}, {job['inputs']} images, attempt {job['attempts']}")
     _line(console, job["state"], _why(job), indent="    ")
-    console.print(f"    guide: {'CT series ' + job['guide_series'] if job['guide_series'] else 'none'}")
+    report = job["report"] or {}
+    unused = "" if report.get("guide", {}).get("used", True) else ", which this preset does not use"
+    console.print(f"    guide: {'CT series ' + job['guide_series'] + unused if job['guide_series'] else 'none'}")
     if job["derived_series"]:
         console.print(f"    derived series {job['derived_series']}, {job['derived_instances']} images")
+    if report:
+        console.print(f"    {_measured(report)}")
     for delivery in job["deliveries"]:
         took = f"{delivery['accepted']} of {job['derived_instances']} images accepted, attempt {delivery['attempts']}"
         _line(console, delivery["state"], f"{took}. {delivery['reason']}", f"    to {escape(delivery['peer'])}: ")
+
+
+def _measured(report: Mapping[str, Any]) -> str:
+    """Kernel, activity and checks of a report in one line."""
+    metrics, items = report.get("metrics", {}), report.get("check", {}).get("items", [])
+    widths = [metrics.get(f"kernel_fwhm_{axis}_mm") for axis in "dhw"]
+    found = [f"kernel {' × '.join(f'{width:.1f}' for width in widths)} mm"] if all(widths) else []
+    if metrics.get("activity_change") is not None:
+        found.append(f"activity {100 * metrics['activity_change']:+.3f} %")
+    for name, some in (("gates", report.get("gates", [])), ("checks", items)):
+        if some:
+            found.append(f"{sum(item['ok'] for item in some)} of {len(some)} {name} passed")
+    return ", ".join(found)
 
 
 def _line(console: Console, state: str, reason: str, indent: str = "  ") -> None:
@@ -131,4 +151,4 @@ def _state(state: str) -> str:
 
 
 def _short(timestamp: str | None) -> str:
-    return timestamp.replace("T", " ").replace("Z", " UTC") if timestamp else ""
+    return timestamp.replace("T", " ").removesuffix("Z") if timestamp else ""
