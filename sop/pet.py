@@ -71,7 +71,8 @@ def write_derived(
             replaced. The series is written beside it, every file flushed to disk, and the folder renamed: whole or
             not at all.
 
-    Raises Refused: "grid", "unit", "negative-values", "series-attributes-differ"; FileExistsError for a folder in use.
+    Raises Refused: "not-pet", "grid", "unit", "negative-values", "series-attributes-differ"; FileExistsError for a
+    folder in use.
     """
     levels = _Levels.of(image, source)
     _require_doubled_grid(image, source)
@@ -109,6 +110,9 @@ class _Levels:
 
     @classmethod
     def of(cls, image: Volume, source: SeriesInfo) -> _Levels:
+        if source.modality != "PT":
+            raise Refused("not-pet", f"the source is {source.modality or 'of unknown modality'}, not PET",
+                          "derive from a PET series", study=source.study, series=source.series)
         if image.unit != source.unit:
             raise Refused("unit", f"the image is in {image.unit!r}, its source in {source.unit!r}",
                           "hand over the deconvolved image in the unit it was read in",

@@ -174,9 +174,14 @@ def open_derived(paths: Sequence[Path]) -> list[Instance]:
 def open_source(paths: Sequence[Path], series_uid: str) -> list[Instance]:
     """The instances of the series `series_uid` among `paths`, one per place, in increasing position along the normal.
 
-    Raises Refused "empty" where none of the files is of that series.
+    series_uid   "" for the only PET series that there is.
+
+    Raises Refused "empty" where none of the files is of that series, or it is not told and there are several.
     """
-    kept = [Path(path) for path in paths if _series_of(Path(path)) == series_uid]
+    kinds = {Path(path): _kind_of(Path(path)) for path in paths}
+    pets = {series for series, modality in kinds.values() if modality == "PT"}
+    wanted = series_uid or (pets.pop() if len(pets) == 1 else "")
+    kept = [path for path, (series, _) in kinds.items() if wanted and series == wanted]
     if not kept:
         raise Refused("empty", "none of the files given as source belongs to the series that the derived one refers to",
                       "name the folder of the source series", series=series_uid)
@@ -185,8 +190,9 @@ def open_source(paths: Sequence[Path], series_uid: str) -> list[Instance]:
     return _one_per_place(_open_all(kept, pooled=False))
 
 
-def _series_of(path: Path) -> str:
-    return text(dcmread(path, specific_tags=["SeriesInstanceUID"], stop_before_pixels=True), "SeriesInstanceUID")
+def _kind_of(path: Path) -> tuple[str, str]:
+    header = dcmread(path, specific_tags=["SeriesInstanceUID", "Modality"], stop_before_pixels=True)
+    return text(header, "SeriesInstanceUID"), text(header, "Modality")
 
 
 def _one_per_place(found: list[Instance]) -> list[Instance]:

@@ -276,6 +276,7 @@ FAULTS: list[tuple[str, str, Callable[[Slices], object]]] = [
     ("wrong purpose of reference", "source-images", each(_wrong_purpose)),
     ("references to other slices", "source-images", _two_slices_on),
     ("reference not listed", "source-images", each(_reference_lost)),
+    ("no references at all", "source-images", set_all(ReferencedSeriesSequence=None, SourceImageSequence=None)),
     ("no contributing equipment", "contributing-equipment", set_all(ContributingEquipmentSequence=None)),
     ("no creation time", "creation-time", set_all(InstanceCreationTime=None)),
     ("manufacturer replaced", "copied-attributes", set_all(Manufacturer="dicomnode")),

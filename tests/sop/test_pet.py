@@ -11,16 +11,16 @@ import pytest
 import SimpleITK as sitk
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pydicom import dcmread
+from pydicom import dcmread, dcmwrite
 from pydicom.dataset import Dataset
-from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
+from pydicom.uid import UID, ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian, RLELossless
 
 from sop.check import check_derived
 from sop.derivation import is_own_output
 from sop.errors import Refused
 from sop.pet import write_derived
 from sop.read import read_series
-from tests.factories import OBLIQUE, enhanced_pet
+from tests.factories import OBLIQUE, ct_series, enhanced_pet
 from tests.sop.derived_series import NOW, derivation, derive, doubled, read_back, save, source_series, values_of
 
 PET = "1.2.840.10008.5.1.4.1.1.128"
@@ -462,6 +462,47 @@ def test_an_enhanced_source_gives_a_classic_series(tmp_path: Path) -> None:
     assert "PerFrameFunctionalGroupsSequence" not in derived[0] and "NumberOfFrames" not in derived[0]
     assert derived[7].SourceImageSequence[0].ReferencedFrameNumber == 4
     assert derived[0].Units == "BQML" and "assumed" not in derived[0].DerivationDescription
+
+
+@pytest.mark.parametrize("options", [
+    {"slices": 1, "rows": 6, "columns": 4}, {"slices": 2, "rows": 3, "columns": 2},
+    {"slices": 1, "rows": 1, "columns": 1},
+    {"SeriesNumber": None, "SeriesDescription": None, "SliceThickness": ""}, {"intercept": -50.0},
+    {"values": np.full((12, 30, 26), 100.0)}, {"SpecificCharacterSet": None, "StudyDescription": None},
+], ids=["one slice", "two slices", "one voxel", "unnumbered", "intercept", "uniform", "plain ASCII"])
+def test_odd_sources_give_right_series(options: dict, tmp_path: Path) -> None:
+    """Small, flat, sparsely labelled: written, and passed by the check."""
+    defaults = {"values": None} if "rows" in options else {}
+    source = save(source_series(**(defaults | options)), tmp_path / "source")
+    files = derive(source, tmp_path / "derived")[0].files
+    assert check_derived(source, files).failures == ()
+
+
+@pytest.mark.parametrize("syntax", [RLELossless, ImplicitVRLittleEndian, ExplicitVRBigEndian])
+def test_the_transfer_syntax_of_the_source_does_not_matter(syntax: UID, tmp_path: Path) -> None:
+    """Compressed, implicit, big endian: the same derived pixels and the same copied attributes."""
+    expected = [(ds.PixelData, ds.PatientName) for ds in written(tmp_path / "plain", PatientName="Müller^Jörg")]
+    source = source_series(PatientName="Müller^Jörg")
+    paths = save(source, tmp_path / "source")
+    for path, ds in zip(paths, source):
+        if syntax == RLELossless:
+            ds.compress(RLELossless)
+        elif syntax == ExplicitVRBigEndian:
+            ds.PixelData = ds.pixel_array.astype(">i2").tobytes()
+        ds.file_meta.TransferSyntaxUID, ds.preamble = syntax, bytes(128)
+        dcmwrite(path, ds, implicit_vr=syntax == ImplicitVRLittleEndian, little_endian=syntax != ExplicitVRBigEndian,
+                 force_encoding=True)
+    files = derive(paths, tmp_path / "derived")[0].files
+    assert [(ds.PixelData, ds.PatientName) for ds in read_back(files)] == expected
+    assert check_derived(paths, files).failures == ()
+
+
+def test_only_pet_is_written_as_pet(tmp_path: Path) -> None:
+    """A CT on a doubled grid is no PET series."""
+    volume, info = read_series(ct_series(slices=4, rows=6, columns=6))
+    with pytest.raises(Refused) as refused:
+        write_derived(volume.doubled(np.zeros((8, 12, 12))), info, derivation(), tmp_path / "derived", now=NOW)
+    assert refused.value.code == "not-pet"
 
 
 # Whole or not at all
