@@ -14,14 +14,17 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-__all__ = ["SettingsRefused", "full_settings", "job_identity"]
+__all__ = ["SettingsRefused", "SettingsUnknown", "full_settings", "job_identity"]
 
-ATTEMPTS = 3  # a child may be killed for lack of memory that is there a moment later
 TIMEOUT_S = 300.0  # importing the libraries of a method on a busy machine
 
 
 class SettingsRefused(ValueError):
     """The method has no such preset or setting; the message says what it has."""
+
+
+class SettingsUnknown(RuntimeError):
+    """They could not be asked for now: no memory, or the child was killed. Worth another try."""
 
 
 def job_identity(*, inputs: Sequence[str], guide_inputs: Sequence[str], method: str, settings: Mapping[str, Any],
@@ -38,7 +41,7 @@ def job_identity(*, inputs: Sequence[str], guide_inputs: Sequence[str], method: 
 def full_settings(method: str, preset: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
     """All settings of a method's preset with some replaced, as JSON values.
 
-    Raises SettingsRefused, and RuntimeError where the child process fails.
+    Raises SettingsRefused, and SettingsUnknown where the child process fails.
     """
     answer = json.loads(_asked(method, preset, json.dumps(dict(overrides), sort_keys=True)))
     if "refused" in answer:
@@ -48,10 +51,12 @@ def full_settings(method: str, preset: str, overrides: Mapping[str, Any]) -> dic
 
 @lru_cache(maxsize=256)
 def _asked(method: str, preset: str, overrides: str) -> str:
-    for _ in range(ATTEMPTS):
+    try:
         child = subprocess.run([sys.executable, "-m", "dicomnode.pipeline", "--settings", method, preset, overrides],
                                capture_output=True, text=True, timeout=TIMEOUT_S, stdin=subprocess.DEVNULL)
-        if child.returncode == 0:
-            return child.stdout
-    raise RuntimeError(f"the settings of {method} cannot be determined: status {child.returncode}, "
-                       f"{child.stderr.strip()[-500:]}")
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise SettingsUnknown(f"the child that knows the settings of {method} does not run: {error}") from error
+    if child.returncode != 0:
+        last = (child.stderr.strip().splitlines() or ["no message"])[-1]
+        raise SettingsUnknown(f"the child that knows the settings of {method} ended with {child.returncode}: {last}")
+    return child.stdout

@@ -19,7 +19,7 @@ from pydicom.errors import InvalidDicomError
 
 from dicomnode import __version__, identity
 from dicomnode.config import Config, Route
-from dicomnode.identity import SettingsRefused
+from dicomnode.identity import SettingsRefused, SettingsUnknown
 from dicomnode.ledger import Ledger, NewJob
 from dicomnode.logs import get_logger
 from dicomnode.matching import Arrival, choose_guide, completeness, eligible, geometry_of, guide_wait, normal_of
@@ -187,6 +187,9 @@ class Matcher:
         except SettingsRefused as error:
             return _Decision("held", "settings", f"route {route.name}: {error}. Remedy: mend the route, then "
                              f"`dicomnode retry {seen.uid}`")
+        except SettingsUnknown as error:
+            log.error("settings cannot be determined", action="settings_unknown", series=seen.uid, reason=str(error))
+            return _Decision("waiting", "settings-unknown", str(error), until=self._clock() + self._poll_s)
         guide_inputs = guide.sop_instance_uids if guide else ()
         digest = identity.job_identity(inputs=seen.sop_instance_uids, guide_inputs=guide_inputs, method=route.method,
                                        settings=settings, software_version=__version__)

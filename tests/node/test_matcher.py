@@ -11,6 +11,7 @@ import pytest
 from pydicom.dataset import Dataset
 
 from dicomnode import identity, operate
+from dicomnode.matcher import Matcher
 from dicomnode.pipeline import full_settings
 from tests.factories import ct_series, nm_tomo, pet_series
 from tests.node.line import PET_ROUTE, Line
@@ -298,6 +299,27 @@ def test_settings_the_method_does_not_know_hold_the_series(tmp_path: Path) -> No
         pet = line.receive(pet_series())
         judge(line, after_s=31)
         assert line.state(pet) == ("held", "settings") and "all-pet" in line.ledger.series(pet)["reason"]
+
+
+def test_settings_that_cannot_be_asked_for_now_are_asked_for_again(tmp_path: Path) -> None:
+    """The child that knows them was killed: the series waits, says why, and goes on at a later tick."""
+    def killed(*_: Any) -> dict[str, Any]:
+        raise identity.SettingsUnknown("ended with -9")
+
+    with Line(tmp_path, route=PET_ROUTE + 'guide = "never"\n') as line:
+        pet = line.receive(pet_series())
+        line.now += 31
+        Matcher(line.config, line.ledger, line.spool, clock=line.clock, full_settings=killed).tick()
+        assert line.state(pet) == ("waiting", "settings-unknown") and "-9" in line.ledger.series(pet)["reason"]
+        judge(line, after_s=6)
+        assert jobs(line, pet) == [("queued", 8)]
+
+
+def test_a_child_that_fails_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A status other than 0 is told, not taken for settings."""
+    monkeypatch.setattr(identity.sys, "executable", "/bin/false")
+    with pytest.raises(identity.SettingsUnknown, match="ended with 1"):
+        identity.full_settings("tv", "default", {"psf_fwhm_mm": 9.5})
 
 
 def test_identity_tells_apart_what_decides_the_image_and_nothing_else() -> None:
