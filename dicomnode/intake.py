@@ -26,7 +26,6 @@ __all__ = ["IMPLEMENTATION_CLASS_UID", "IMPLEMENTATION_VERSION_NAME", "Intake", 
 IMPLEMENTATION_CLASS_UID = "2.25.215411363834866273420263215271632134873"
 IMPLEMENTATION_VERSION_NAME = "DICOMNODE_01"
 _HEAD = 64 * 1024  # bytes kept in memory for the index; what needs more is read back from the file
-_INDEX_LIMIT = 64 * 2**20  # bytes of a data set in which the index must be found
 
 
 @dataclass(frozen=True)
@@ -126,11 +125,11 @@ class Intake(io.BytesIO):
             raise CannotUnderstand("the request came without a data set")
         syntax = self.request.transfer_syntax_uid
         try:
-            return read_index(b"".join(self._head), syntax, whole=self._head_size == self.size)
+            return read_index(io.BytesIO(b"".join(self._head)), syntax, whole=self._head_size == self.size)
         except Incomplete:
             with self.path.open("rb") as file:
                 file.seek(self.file_size - self.size)
-                return read_index(file.read(_INDEX_LIMIT), syntax, whole=True)
+                return read_index(file, syntax, whole=True)
 
     def discard(self) -> None:
         """Forget the object and its file; harmless once the file has been moved to its place."""

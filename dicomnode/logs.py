@@ -38,8 +38,10 @@ def configure(node: Node, *, stream: TextIO | None = None) -> None:
     handler.setFormatter(structlog.stdlib.ProcessorFormatter(
         processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer], foreign_pre_chain=shared))
     logging.basicConfig(handlers=[handler], level=max(level, logging.WARNING), force=True)
-    # Port probes and broken peers make pynetdicom and pydicom write tracebacks; the node records them in its own words.
-    for name in ("pynetdicom", "pydicom"):
+    # Port probes and broken objects make pynetdicom and pydicom write tracebacks and values; the node records them in
+    # its own words.
+    logging.captureWarnings(True)
+    for name in ("pynetdicom", "pydicom", "py.warnings"):
         logging.getLogger(name).setLevel(logging.DEBUG if node.log_level == "debug" else logging.CRITICAL)
 
 

@@ -11,6 +11,7 @@ import math
 import re
 import zlib
 from dataclasses import dataclass
+from typing import BinaryIO
 
 from pydicom.charset import convert_encodings, decode_bytes
 from pydicom.dataset import Dataset
@@ -23,11 +24,14 @@ from dicomnode.errors import CannotUnderstand
 __all__ = ["Incomplete", "ObjectIndex", "read_index"]
 
 _INFLATED_LIMIT = 16 * 2**20  # bytes; a deflated data set that hides more before its pixels is not read further
+_ELEMENT_LIMIT = 20_000
+_VALUE_LIMIT = 2**16  # bytes; no attribute looked for is longer
 _LAST = 0x00280008
 _TAGS = {keyword: Tag(keyword) for keyword in (
     "SpecificCharacterSet", "SOPClassUID", "SOPInstanceUID", "AccessionNumber", "Modality", "SeriesDescription",
     "StudyInstanceUID", "SeriesInstanceUID", "SeriesNumber", "ImagePositionPatient", "ImageOrientationPatient",
     "NumberOfFrames")}
+_WANTED = frozenset(_TAGS.values())
 
 
 class Incomplete(Exception):
@@ -51,24 +55,27 @@ class ObjectIndex:
     frames: int
 
 
-def read_index(encoded: bytes, transfer_syntax_uid: str, *, whole: bool) -> ObjectIndex:
-    """Read the index from the first bytes of an encoded data set (`whole`: there are no more).
+def read_index(stream: BinaryIO, transfer_syntax_uid: str, *, whole: bool) -> ObjectIndex:
+    """Read the index of an encoded data set from where `stream` stands (`whole`: it holds all of the data set).
 
     Raises Incomplete where more bytes are needed, CannotUnderstand where the data set cannot be read or lacks a UID.
     """
     if transfer_syntax_uid == DeflatedExplicitVRLittleEndian:
-        encoded, whole = _inflate(encoded), whole
-    reached = False
+        stream = _inflated(stream)
+    reached, elements = False, 0
 
     def stop_when(tag: BaseTag, vr: str | None, length: int) -> bool:
-        nonlocal reached
-        reached = tag > _LAST
+        """Behind the last attribute looked for, at one too long to be true, or after more than any object has."""
+        nonlocal reached, elements
+        elements += 1
+        reached = (tag > _LAST or elements > _ELEMENT_LIMIT
+                   or (tag in _WANTED and _VALUE_LIMIT < length < 0xFFFFFFFF))
         return reached
 
     try:
         found = read_dataset(
-            io.BytesIO(encoded), transfer_syntax_uid == ImplicitVRLittleEndian,
-            transfer_syntax_uid != ExplicitVRBigEndian, stop_when=stop_when, specific_tags=list(_TAGS.values()))
+            stream, transfer_syntax_uid == ImplicitVRLittleEndian, transfer_syntax_uid != ExplicitVRBigEndian,
+            stop_when=stop_when, specific_tags=list(_TAGS.values()))
     except Exception as error:  # bytes of strangers: the reader may raise anything, RecursionError included
         if not whole:
             raise Incomplete from error
@@ -78,9 +85,9 @@ def read_index(encoded: bytes, transfer_syntax_uid: str, *, whole: bool) -> Obje
     return _index(found)
 
 
-def _inflate(encoded: bytes) -> bytes:
+def _inflated(stream: BinaryIO) -> BinaryIO:
     try:
-        return zlib.decompressobj(-zlib.MAX_WBITS).decompress(encoded, _INFLATED_LIMIT)
+        return io.BytesIO(zlib.decompressobj(-zlib.MAX_WBITS).decompress(stream.read(_INFLATED_LIMIT), _INFLATED_LIMIT))
     except zlib.error as error:
         raise CannotUnderstand(f"the deflated data set cannot be inflated: {error}") from error
 
