@@ -22,6 +22,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import deconv
@@ -136,11 +138,13 @@ def main() -> None:
     parser.add_argument("--methods", help="comma-separated beginnings of the labels; all without it")
     parser.add_argument("--paper-minutes", type=float, default=20.0, help="CPU minutes a phantom for `paper`")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1, help="of torch; waiting threads count as CPU seconds, too")
     parser.add_argument("--json", type=Path, help="write the figures there, too")
     options = parser.parse_args()
     labels = _chosen(options.methods)
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores; PSF {FWHM_MM:g} mm FWHM; "
-          f"seed {options.seed}\n", flush=True)
+    torch.set_num_threads(options.threads)
+    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {options.threads} used; "
+          f"PSF {FWHM_MM:g} mm FWHM; seed {options.seed}\n", flush=True)
     rows: list[Row] = []
     for name, phantom in phantoms(options.sizes, options.seed):
         of_this = [run(label, name, phantom, options.paper_minutes, options.seed) for label in labels]
