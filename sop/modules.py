@@ -1,7 +1,7 @@
 """The modules of a derived PET image (PS3.3 A.21.3), one function each: what is set anew. All else is copied.
 
 Each function returns the elements it sets as a small Dataset; `copied` is the source header without what describes the
-old grid or the old stored values. Rule numbers are those of derived-PET practice named in docs/derived-series.
+old grid or the old stored values. Rule numbers are those of docs/derived-series.md.
 """
 
 from __future__ import annotations

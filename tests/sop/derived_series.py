@@ -83,3 +83,10 @@ def read_back(files: Iterable[Path]) -> list[Dataset]:
 def values_of(ds: Dataset) -> NDArray[np.float64]:
     """Rescaled values of one slice."""
     return ds.pixel_array * float(ds.RescaleSlope) + float(ds.RescaleIntercept)
+
+
+def written(tmp_path: Path, *, image: Callable[[NDArray[np.float32]], NDArray[Any]] = doubled, now: datetime = NOW,
+            changes: dict[str, Any] | None = None, **options: Any) -> list[Dataset]:
+    """Derived data sets in order, of a source made with `options`; `changes` go to the Derivation."""
+    return read_back(derive(source_series(**options), tmp_path / "derived", image=image, now=now,
+                            **(changes or {}))[0].files)
