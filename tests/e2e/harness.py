@@ -8,10 +8,11 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
-from tests.peers import free_port, wait_until
+from tests.peers import free_port
 
 
 class RunningNode:
@@ -78,13 +79,12 @@ class RunningNode:
 
     def wait_for(self, series_uid: str, *states: str, timeout_s: float = 120) -> dict[str, Any]:
         """The job row of a series once its state is one of `states`."""
-        def reached() -> dict[str, Any] | None:
-            row = self.job(series_uid)
-            return row if row and row["state"] in states else None
-        try:
-            return wait_until(f"series {series_uid} {' or '.join(states)}", reached, timeout_s=timeout_s)
-        except AssertionError as error:
-            raise AssertionError(f"{error}; it is {self.job(series_uid)}; log:\n{self.log()[-4000:]}") from None
+        until = time.monotonic() + timeout_s
+        while (row := self.job(series_uid)) is None or row["state"] not in states:
+            assert time.monotonic() < until, (
+                f"series {series_uid} is not {' or '.join(states)} after {timeout_s} s but {row}; log:\n{self.log()[-4000:]}")
+            time.sleep(2)  # each look is a process of its own and takes a core from the node
+        return row
 
     def descendants(self, *, named: str = "") -> list[int]:
         """Process ids below `serve` whose command line holds `named`."""

@@ -103,5 +103,6 @@ def test_thirty_kills_lose_and_double_nothing(tmp_path: Path):
 
 
 def _all_delivered(node: RunningNode, pets: set[str]) -> list[dict] | None:
+    time.sleep(1)
     rows = [row for row in node.jobs() if row["series"] in pets]
     return rows if len(rows) == len(pets) and all(row["state"] == "delivered" for row in rows) else None

@@ -12,7 +12,7 @@ import numpy as np
 import pydicom
 import pytest
 
-from tests.dciodvfy import new_errors
+from tests.dciodvfy import iod_errors
 from tests.e2e.harness import RunningNode, shuffled_shares
 from tests.peers import Orthanc, storescu, wait_until
 
@@ -91,7 +91,7 @@ def test_dciodvfy_finds_nothing_the_source_does_not_have(delivered):
     """First, middle and last slice against their parents."""
     derived = sorted(delivered["files"], key=lambda p: float(pydicom.dcmread(p, stop_before_pixels=True).SliceLocation))
     for path in (derived[0], derived[267], derived[-1]):
-        assert new_errors(delivered["pet"][0], path) == []
+        assert iod_errors(path) <= iod_errors(delivered["pet"][0])
 
 
 def test_a_person_can_ask_what_happened(delivered):
