@@ -82,7 +82,8 @@ class RunningNode:
         until = time.monotonic() + timeout_s
         while (row := self.job(series_uid)) is None or row["state"] not in states:
             assert time.monotonic() < until, (
-                f"series {series_uid} is not {' or '.join(states)} after {timeout_s} s but {row}; log:\n{self.log()[-4000:]}")
+                f"series {series_uid} is not {' or '.join(states)} after {timeout_s} s but {row}; "
+                f"log:\n{self.log()[-4000:]}")
             time.sleep(2)  # each look is a process of its own and takes a core from the node
         return row
 
