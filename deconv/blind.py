@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -24,7 +24,7 @@ from deconv.operators import blur, blur_direct, downsample, resample, total_vari
 from deconv.result import OnStep, Progress
 from deconv.stages import Phase, Settings, Stage, shortened
 
-__all__ = ["Diverged", "Fit", "Optimizers", "Step", "fit", "objective", "smallest_shape"]
+__all__ = ["Diverged", "Fit", "Optimizers", "Step", "check_shape", "exact_cudnn", "fit", "objective"]
 
 
 class Diverged(ArithmeticError):
@@ -33,7 +33,7 @@ class Diverged(ArithmeticError):
 
 @dataclass(frozen=True, eq=False)
 class Fit:
-    """x (2D, 2H, 2W) and k (d, h, w) as arrays, in units of max(y); losses by stage; whether the schedule ended."""
+    """x (2D, 2H, 2W) and k (d, h, w) as arrays, in units of max(y); losses by stage; steps done."""
 
     x: NDArray[np.float32]
     k: NDArray[np.float32]
@@ -41,14 +41,18 @@ class Fit:
     steps: int
 
 
-def smallest_shape(shape: tuple[int, ...], settings: Settings) -> None:
-    """Raise ValueError where a volume is too small for three halvings at the coarsest scale."""
-    coarsest = min(stage.scale for stage in settings.stages)
+def check_shape(shape: tuple[int, ...], coarsest: float = 1.0) -> None:
+    """Raise ValueError where a volume is too small for Gx's three halvings at the coarsest scale of a schedule."""
     if min(shape) < 4 or max(shape) * coarsest <= 8.5:
         raise ValueError(
-            f"a volume of {shape} voxels is too small for neural blind deconvolution: at least 4 along every axis "
-            f"and {math.ceil(8.5 / coarsest) + 1} along one"
+            f"a volume of {tuple(shape)} voxels is too small for neural blind deconvolution: at least 4 along every "
+            f"axis and {math.floor(8.5 / coarsest) + 1} along one"
         )
+
+
+def exact_cudnn() -> AbstractContextManager[None]:
+    """While it lasts cuDNN picks deterministic algorithms, none by timing, and no TF32. Nothing on a CPU."""
+    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
 
 
 def fit(
@@ -59,15 +63,16 @@ def fit(
 
     Raises Diverged where the loss is not finite, ValueError for a volume that is too small; what on_step raises passes.
     """
-    smallest_shape(y.shape, settings)
+    check_shape(y.shape, min(stage.scale for stage in settings.stages))
     settings = shortened(settings)
     solver = _Solver(torch.from_numpy(np.array(y)).to(device), settings, on_step)
     if texture is not None:
         solver.texture = torch.from_numpy(np.array(texture, dtype=np.float32)).to(device)
-    for stage in settings.stages:
-        if solver.budget:
-            solver.run(stage)
-    x, k = solver.estimate()
+    with exact_cudnn():
+        for stage in settings.stages:
+            if solver.budget:
+                solver.run(stage)
+        x, k = solver.estimate()
     losses = {name: torch.stack(values).cpu().numpy() for name, values in solver.losses.items()}
     return Fit(x.cpu().numpy(), k.cpu().numpy(), losses, solver.done)
 

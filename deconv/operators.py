@@ -5,7 +5,7 @@ kernel is flipped against the image), not the correlation that conv3d computes. 
 of the field of view (half-pixel convention); corners are never aligned, which would shift by a quarter of a voxel.
 
 All of them are deterministic on CPU and CUDA: padding is by concatenation and resampling by small matrices, because the
-library's replicate padding and trilinear interpolation add gradients in no fixed order on CUDA.
+library's replicate padding, pooling and trilinear interpolation add gradients in no fixed order on CUDA.
 """
 
 from __future__ import annotations
@@ -87,10 +87,13 @@ def downsample(x: Tensor) -> Tensor:
 
     This is linear interpolation at the coarse voxel's centre (half-pixel convention) and keeps activity exactly.
     """
-    *lead, d, h, w = x.shape
+    d, h, w = x.shape[-3:]
     if d % 2 or h % 2 or w % 2:
         raise ValueError(f"sizes must be even to be halved, got {(d, h, w)}")
-    return F.avg_pool3d(x.reshape(-1, 1, d, h, w), 2).reshape(*lead, d // 2, h // 2, w // 2)
+    for axis in (-3, -2, -1):
+        pairs = x.movedim(axis, -1).unflatten(-1, (-1, 2))
+        x = ((pairs[..., 0] + pairs[..., 1]) * 0.5).movedim(-1, axis)
+    return x
 
 
 def resample(x: Tensor, size: Sequence[int]) -> Tensor:

@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
+from deconv.blind import check_shape, exact_cudnn
 from deconv.finish import finished, normalised, plain
 from deconv.kernels import FWHM_PER_SIGMA, gaussian
 from deconv.losses import relative_squares
@@ -49,7 +50,8 @@ Float3 = NDArray[np.float64]
 class Settings:
     """Everything that, with the source, determines the preview. Plain values.
 
-    region_voxels     largest region (D, H, W) on which the kernel is estimated.
+    region_voxels     largest region (D, H, W) on which the width is found;    network_voxels  the part of it with the
+                      most gradient energy, on which the networks are fitted.
     fwhm_bounds_mm    the kernel's FWHM never leaves them.
     fwhm_prior_mm     centre of the width's prior: what clinical PET reaches after reconstruction and filter.
     prior_log_sd      its standard deviation, of ln w.
@@ -62,6 +64,7 @@ class Settings:
 
     preset: str
     region_voxels: tuple[int, int, int] = (24, 40, 40)
+    network_voxels: tuple[int, int, int] = (16, 32, 32)
     fwhm_bounds_mm: tuple[float, float] = (3.5, 10.0)
     fwhm_prior_mm: float = 6.0
     prior_log_sd: float = 0.3
@@ -78,12 +81,12 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("region_voxels", "fwhm_bounds_mm"):
+        for name in ("region_voxels", "network_voxels", "fwhm_bounds_mm"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         low, high = self.fwhm_bounds_mm
         if not 0 < low < self.fwhm_prior_mm < high:
             raise ValueError(f"the prior of {self.fwhm_prior_mm} mm must lie between its bounds {low} and {high} mm")
-        counts = (self.profile_iterations, self.iterations, self.slab_voxels, *self.region_voxels)
+        counts = (self.profile_iterations, self.iterations, self.slab_voxels, *self.region_voxels, *self.network_voxels)
         if min(counts) < 1 or self.profile_widths < 3 or min(self.reproduce_steps, self.network_steps) < 0:
             raise ValueError("counts must be positive, profile_widths at least 3")
 
@@ -183,9 +186,15 @@ class _Counter:
 def deconvolve(
     volume: Volume, settings: Settings, *, device: str | torch.device = "cpu", on_step: OnStep | None = None
 ) -> Deconvolution:
-    """Deblur and double `volume`; see the module. Raises ValueError for a volume without activity."""
+    """Deblur and double `volume`; see the module.
+
+    Raises ValueError for a volume without activity, without edges, or too small.
+    """
     start = time.perf_counter()
+    check_shape(volume.shape)
     y, top = normalised(volume)
+    if y.min() == y.max():
+        raise ValueError("the volume is the same everywhere: it has no edge that could tell how wide its blur is")
     spacing = volume.spacing
     slab = _slab(y.shape, settings)
     pieces = 1 if slab is None else -(-y.shape[0] // slab) + 1
@@ -199,7 +208,8 @@ def deconvolve(
     widths = np.full(3, profiled)
     losses: dict[str, NDArray[np.float32]] = {}
     if settings.network_steps:
-        widths, losses = _Networks(region, spacing, widths, settings, count).fitted()
+        part = torch.from_numpy(box[informative_region(box, spacing, settings.network_voxels)]).to(device)
+        widths, losses = _Networks(part / part.max(), spacing, widths, settings, count).fitted()
     kernel_fine = gaussian(widths, spacing / 2)
     x = tv_deconvolve(
         torch.from_numpy(y).to(device), kernel_fine, kernel_grid="fine", lam=settings.tv_weight,
@@ -266,10 +276,11 @@ class _Networks:
 
     def fitted(self) -> tuple[Float3, dict[str, NDArray[np.float32]]]:
         """-> widths mm, losses by stage"""
-        losses = {
-            "reproduce": self._descend("reproduce", self.settings.reproduce_steps, self._reproduction),
-            "networks": self._descend("networks", self.settings.network_steps, self._objective),
-        }
+        with exact_cudnn():
+            losses = {
+                "reproduce": self._descend("reproduce", self.settings.reproduce_steps, self._reproduction),
+                "networks": self._descend("networks", self.settings.network_steps, self._objective),
+            }
         with torch.no_grad():
             widths = self.gw().cpu().numpy().astype(np.float64)
         return widths, losses

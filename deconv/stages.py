@@ -69,7 +69,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that, with the source, determines the result. Plain values, so that it goes to JSON and back.
+    """Everything that, with the source, determines the result. Plain values.
 
     output_scale       s: x may reach s times the source's maximum (paper: 1.5 patients, 1.1 sphere phantom).
     kernel_threshold   kernel voxels above it are penalised.

@@ -146,7 +146,29 @@ def test_settings_that_make_no_sense_are_refused():
             replace(PREVIEW, **overrides)
 
 
-def test_a_volume_without_activity_is_refused():
-    """Nothing to deblur, said so."""
-    with pytest.raises(ValueError, match="no positive value"):
-        preview.deconvolve(Volume.axial(np.zeros((8, 9, 10)), (3, 3, 3)), PREVIEW)
+@pytest.mark.parametrize(
+    ("array", "reason"),
+    [(np.zeros((8, 9, 10)), "no positive value"), (np.ones((8, 9, 10)), "same everywhere"),
+     (np.eye(8)[None].repeat(4, 0), "too small")],
+)
+def test_volumes_that_cannot_be_deblurred_are_refused(array, reason):
+    """No activity, no edge, too few voxels: said before any work."""
+    with pytest.raises(ValueError, match=reason):
+        preview.deconvolve(Volume.axial(array, (3, 3, 3)), PREVIEW)
+
+
+@pytest.mark.parametrize("spacing", [(5.5, 5.5, 5.5), (5.0, 2.0, 2.0)])
+def test_the_smallest_volumes_and_coarse_or_uneven_voxels_run(spacing):
+    """Four slices, voxels as large as the blur: a finite result on the doubled grid that keeps its activity."""
+    small = spheres((4, 18, 21), spacing=spacing).measured
+    found = nbd.deconvolve(small, nbd.settings("preview", **QUICK))
+    assert found.image.shape == (8, 36, 42) and np.isfinite(found.image.array).all()
+    assert abs(found.metrics["activity_change"]) < 1e-5
+
+
+def test_air_outside_the_body_stays_empty():
+    """Half of a PET volume is zero; deblurring must not light it up."""
+    array = np.zeros((10, 24, 24), dtype=np.float32)
+    array[3:7, 8:16, 8:16] = 5.0
+    found = nbd.deconvolve(Volume.axial(array, (4, 4, 4)), nbd.settings("preview", **QUICK))
+    assert found.image.array[:, :8].max() < 0.02 * found.image.array.max()
