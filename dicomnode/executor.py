@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from dicomnode import __version__
-from dicomnode.config import Config
+from dicomnode.config import Config, Route
 from dicomnode.errors import NotFound, TransitionRefused
 from dicomnode.ledger import Ledger
 from dicomnode.logs import get_logger
@@ -126,7 +126,7 @@ class Executor:
             "derivation": {
                 "software_version": __version__,
                 "uid_root": node.uid_root,
-                "series_description": (route.series_description if route else None) or derived.series_description,
+                "series_description": self._description(job, route),
                 "series_number_offset": derived.series_number_offset,
                 "taken_series_numbers": self._taken_numbers(job),
                 "research_use": derived.research_use,
@@ -137,6 +137,14 @@ class Executor:
         path = folder / "order.json"
         path.write_text(json.dumps(order), encoding="utf-8")
         return path
+
+    def _description(self, job: dict[str, Any], route: Route | None) -> str:
+        """The route's or the site's template; a series that replaces one already sent says so."""
+        template = (route.series_description if route else None) or self._config.derived.series_description
+        replaced = [old for old in self._ledger.jobs_of_series(job["series_uid"])
+                    if old["id"] < job["id"] and old["state"] == "superseded"
+                    and any(self._ledger.statuses(delivery["id"]) for delivery in self._ledger.deliveries(old["id"]))]
+        return f"{template} (update {len(replaced)})" if replaced else template
 
     def _files(self, series_uid: str, inputs: Sequence[str]) -> list[str]:
         """What has come of a series since the job was made is not part of it."""
@@ -285,7 +293,19 @@ class _Lines:
         chunk = os.read(self._pipe, 65536)
         self.ended = not chunk
         *whole, self._rest = (self._rest + chunk).split(b"\n")
-        return [json.loads(line) for line in whole if line]
+        return [message for line in whole if (message := _message(line)) is not None]
+
+
+def _message(line: bytes) -> dict[str, Any] | None:
+    """A message of the child; None for what a library printed while it was being loaded."""
+    try:
+        message = json.loads(line)
+    except ValueError:
+        message = None
+    if isinstance(message, dict) and "kind" in message:
+        return message
+    log.info("the child printed", action="job_printed", text=line.decode(errors="replace")[:500])
+    return None
 
 
 def _death(code: int, text: str) -> str:

@@ -86,6 +86,29 @@ def test_a_built_series_is_moved_whole_to_its_place_and_entered_with_its_deliver
     assert [(row["peer"], row["state"]) for row in line.ledger.deliveries(job["id"])] == [("PACS", "waiting")]
 
 
+def test_a_series_that_replaces_one_already_sent_says_so(line: Line) -> None:
+    """Superseded after sending: the new one's description counts the update; superseded before: nothing to say."""
+    old_id = queued(line)
+    executor = child(line, "say(kind='failed', reason=json.loads(order.read_text())['derivation']['series_description'])")
+    old = attempt(line, child(line, "build()"))
+    line.ledger.set_job(old_id, "superseded", now=line.now)
+    line.ledger.set_series(old["series_uid"], "receiving", now=line.now)
+    line.ledger.set_series(old["series_uid"], "complete", now=line.now)
+    line.ledger.add_job(NewJob("id2", old["series_uid"], old["study_uid"], None, "all-pet", "nearest", "default", {},
+                               ("PACS",), ("1",)), now=line.now)
+    assert attempt(line, executor)["reason"].startswith("NBD deblurred (attempt")
+    line.ledger.put_statuses(line.ledger.deliveries(old_id)[0]["id"], [("1.2", 0, "")], now=line.now)
+    line.now += 61
+    assert attempt(line, executor)["reason"].startswith("NBD deblurred (update 1) (attempt")
+
+
+def test_what_a_library_prints_is_no_message(line: Line) -> None:
+    """Text, an empty line, JSON that is none of ours: passed over, the job is built."""
+    queued(line)
+    job = attempt(line, child(line, "print('Loading plugins ...'); print(); print('[1, 2]', flush=True); build()"))
+    assert job["state"] == "built"
+
+
 def test_what_is_refused_is_held_at_once_with_reason_and_remedy(line: Line) -> None:
     """No second attempt: it would refuse again."""
     queued(line)
