@@ -89,7 +89,8 @@ def test_a_built_series_is_moved_whole_to_its_place_and_entered_with_its_deliver
 def test_a_series_that_replaces_one_already_sent_says_so(line: Line) -> None:
     """Superseded after sending: the new one's description counts the update; superseded before: nothing to say."""
     old_id = queued(line)
-    executor = child(line, "say(kind='failed', reason=json.loads(order.read_text())['derivation']['series_description'])")
+    executor = child(line, "text = json.loads(order.read_text())['derivation']['series_description']\n"
+                           "say(kind='failed', reason=text)")
     old = attempt(line, child(line, "build()"))
     line.ledger.set_job(old_id, "superseded", now=line.now)
     line.ledger.set_series(old["series_uid"], "receiving", now=line.now)
