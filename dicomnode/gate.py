@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+import sqlite3
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -145,8 +146,11 @@ class SecurityLog:
         text = f"{reason}, from {address}" + (f" ({left_out} more of these since the last note)" if left_out else "")
         log.warning(f"Refused: {text}", action=f"{kind}_refused", code=code, calling_ae=printable(calling_ae),
                     address=address)
-        self._ledger.event(kind, now=now, code=code, reason=text, actor=printable(calling_ae) or address,
-                           study_uid=study_uid, series_uid=series_uid)
+        try:
+            self._ledger.event(kind, now=now, code=code, reason=text, actor=printable(calling_ae) or address,
+                               study_uid=study_uid, series_uid=series_uid)
+        except sqlite3.Error as error:  # a full disk must not change the answer that the peer gets
+            log.error("An event could not be written to the ledger.", action="event_lost", error=str(error))
 
     def _forget(self, now: float) -> None:
         """Drop what was not seen for twenty quiet times, so that the counts of the rest are still told."""

@@ -20,11 +20,10 @@ from typing import Any
 from dicomnode.errors import CannotUnderstand, DiskFull, NodeError, TooLarge
 from dicomnode.objectindex import Incomplete, ObjectIndex, read_index
 from dicomnode.spool import Spool, valid_uid
+from sop.uids import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
 
-__all__ = ["IMPLEMENTATION_CLASS_UID", "IMPLEMENTATION_VERSION_NAME", "Intake", "Limits", "Request", "file_meta"]
+__all__ = ["Intake", "Limits", "Request", "file_meta"]
 
-IMPLEMENTATION_CLASS_UID = "2.25.215411363834866273420263215271632134873"
-IMPLEMENTATION_VERSION_NAME = "DICOMNODE_01"
 _HEAD = 64 * 1024  # bytes kept in memory for the index; what needs more is read back from the file
 
 

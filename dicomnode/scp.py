@@ -43,12 +43,13 @@ from dicomnode.config import Config
 from dicomnode.errors import CannotUnderstand, DataSetMismatch, DiskFull, NodeError
 from dicomnode.gate import Gate, SecurityLog, printable
 from dicomnode.groupcommit import GroupCommitter
-from dicomnode.intake import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME, Intake, Limits, Request
+from dicomnode.intake import Intake, Limits, Request
 from dicomnode.ledger import InstanceRow, Kept, Ledger
 from dicomnode.logs import get_logger
 from dicomnode.objectindex import ObjectIndex
 from dicomnode.spool import Spool
 from dicomnode.transport import Acceptor, Server, peer_address
+from sop.uids import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
 
 __all__ = ["CONFLICT", "Receiver", "STORAGE_CLASSES", "TRANSFER_SYNTAXES"]
 

@@ -137,7 +137,7 @@ class _Dul(DULServiceProvider):
             with self._wake_lock:
                 os.close(self._wake)
                 self._wake = -1
-            self.to_user_queue.put(cast(Any, None))  # who waits for an A-ASSOCIATE request need not wait for the timeout
+            self.to_user_queue.put(cast(Any, None))  # nobody need wait for an A-ASSOCIATE request now
 
     def _is_transport_event(self) -> bool:
         if self.state_machine.current_state != "Sta13" and self.event_queue.empty():

@@ -64,6 +64,7 @@ class ReceiverProcess:
     """The receiving process alone, as the node runs it. `peers` and `reception` are TOML; SCANNER may send."""
 
     ae_title = "NBDNODE"
+    command: tuple[str, ...] = ("-c", _RECEIVE)
     PEERS = '[[peer]]\nname = "SCANNER"\nae_title = "SCANNER"\nhost = "127.0.0.1"\n'
 
     def __init__(self, folder: Path, *, peers: str = PEERS, reception: str = "low_disk_mb = 1", node: str = "") -> None:
@@ -90,7 +91,7 @@ class ReceiverProcess:
     def start(self) -> None:
         """Returns once it accepts associations."""
         with (self.folder / "receiver.log").open("a") as log:
-            self.process = subprocess.Popen([sys.executable, "-c", _RECEIVE, str(self.config_path)], cwd=REPOSITORY,
+            self.process = subprocess.Popen([sys.executable, *self.command, str(self.config_path)], cwd=REPOSITORY,
                                             stdout=subprocess.PIPE, stderr=log, text=True)
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
@@ -131,6 +132,12 @@ class ReceiverProcess:
     def ledger(self) -> Ledger:
         """A Ledger on the receiver's file; close it."""
         return Ledger(self.data_dir / "ledger.sqlite3")
+
+
+class ReceiveCommand(ReceiverProcess):
+    """The same by its command, as systemd starts it: `dicomnode receive`."""
+
+    command = ("-m", "dicomnode", "receive", "--config")
 
 
 def storescu(port: int, files: Sequence[Path], *, calling: str = "SCANNER", called: str = "NBDNODE",
@@ -179,7 +186,7 @@ def store_encoded(assoc: Association, sop_class_uid: str, sop_instance_uid: str,
     while not assoc._is_paused:
         time.sleep(0.0001)
     try:
-        assoc.dimse.send_msg(request, context.context_id)
+        assoc.dimse.send_msg(request, context.context_id or 0)
         _, response = assoc.dimse.get_msg(block=True)
         return response
     finally:

@@ -133,6 +133,13 @@ def test_a_scan_of_many_titles_cannot_fill_the_ledger(tmp_path: Path):
         assert any(event["code"] == "various" for event in ledger.events())
 
 
+def test_event_that_cannot_be_written_does_not_disturb_the_answer(tmp_path: Path):
+    """A full disk or a lost ledger: logged, not raised."""
+    ledger = Ledger(tmp_path / "l")
+    ledger.close()
+    SecurityLog(ledger, clock=Clock()).record("reception", "DiskFull", "full", calling_ae="X", address="192.0.2.1")
+
+
 def test_what_strangers_send_cannot_forge_a_log_line(tmp_path: Path):
     """Control characters are replaced before anybody reads them."""
     with Ledger(tmp_path / "l") as ledger:

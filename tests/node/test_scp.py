@@ -21,7 +21,16 @@ from pynetdicom.association import Association
 
 from dicomnode.scp import STORAGE_CLASSES, TRANSFER_SYNTAXES
 from tests.factories import ct_series, make_uid
-from tests.peers import ReceiverProcess, associate, echoscu, encoded, store_encoded, storescu, wait_until
+from tests.peers import (
+    ReceiveCommand,
+    ReceiverProcess,
+    associate,
+    echoscu,
+    encoded,
+    store_encoded,
+    storescu,
+    wait_until,
+)
 
 PEERS = """
 [[peer]]
@@ -119,7 +128,8 @@ def test_unknown_calling_ae_is_refused_and_recorded(receiver: ReceiverProcess):
     assert rejection(associate(receiver.port, CT, calling="STRANGER")) == CALLING_NOT_RECOGNISED
     assert "Calling AE Title Not Recognized" in echoscu(receiver.port, calling="STRANGER").stderr
     with receiver.ledger() as ledger:
-        events = [e for e in ledger.events() if e["kind"] == "security" and e["actor"] == "STRANGER"]
+        events = wait_until("the event", lambda: [
+            e for e in ledger.events() if e["kind"] == "security" and e["actor"] == "STRANGER"])
     assert [e["code"] for e in events] == ["calling_ae"]
     assert "127.0.0.1" in events[0]["reason"]
 
@@ -129,7 +139,8 @@ def test_known_ae_from_another_address_is_refused(receiver: ReceiverProcess):
     assert rejection(associate(receiver.port, CT, calling="ELSEWHERE")) == CALLING_NOT_RECOGNISED
     assert rejection(associate(receiver.port, CT, source="127.0.0.2")) == CALLING_NOT_RECOGNISED
     with receiver.ledger() as ledger:
-        assert {"ELSEWHERE", "SCANNER"} <= {e["actor"] for e in ledger.events() if e["code"] == "address"}
+        wait_until("both events", lambda: {"ELSEWHERE", "SCANNER"} <= {
+            e["actor"] for e in ledger.events() if e["code"] == "address"})
 
 
 def test_listed_networks_are_let_in(receiver: ReceiverProcess):
@@ -411,6 +422,18 @@ def test_what_dcmtk_encodes_and_sends_is_kept(receiver: ReceiverProcess, tmp_pat
     assert row is not None
     assert row["transfer_syntax_uid"] == sent.file_meta.TransferSyntaxUID
     assert pydicom.dcmread(receiver.data_dir / row["path"]) == sent
+
+
+def test_receive_command_loads_no_heavy_library(tmp_path: Path):
+    """`dicomnode receive` as systemd starts it: no torch, scipy, SimpleITK, numba; below 150 MB."""
+    with ReceiveCommand(tmp_path) as command:
+        assert command.process is not None
+        assert echoscu(command.port).returncode == 0
+        mapped = Path(f"/proc/{command.process.pid}/maps").read_text()
+        assert not [name for name in ("torch", "/scipy/", "SimpleITK", "llvmlite", "highdicom") if name in mapped]
+        assert command.memory_mb() < 150
+        assert command.stop() == 0
+        command.start()
 
 
 def test_memory_of_the_receiver_stays_small(receiver: ReceiverProcess):
