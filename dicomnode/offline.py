@@ -101,7 +101,8 @@ def choose(found: Sequence[Found], *, series_uid: str | None = None, assume_unit
     if not assume_units:  # what a person vouches for is judged by the reader alone
         whole = completeness(pet.arrivals, pet.header, now=0.0, quiet_s=0.0, give_up_h=0.0)
         if whole.state != "complete":
-            raise RefusedInput(f"{_label(pet)}: {whole.reason}. Remedy: put the whole series into the folder.")
+            reason = whole.reason.partition("; nothing new for")[0]  # on disk nothing is waited for
+            raise RefusedInput(f"{_label(pet)}: {reason}. Remedy: put the whole series into the folder.")
     axis = next((normal_of(arrival.orientation) for arrival in pet.arrivals if arrival.orientation), None)
     guides = {one.uid: one for one in found if one.verdict.kind == "guide"}
     choice = choose_guide(geometry_of(pet.arrivals, pet.header),

@@ -94,6 +94,8 @@ def print_outcome(console: Console, report: Mapping[str, Any], *, guide_reason: 
     source, guide, metrics = report["source"], report["guide"], report["metrics"]
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_row("source", f"series {source['series_uid']}, {source['slices']} slices, {source['unit']}")
+    for note in source["notes"]:
+        table.add_row("", escape(note))
     table.add_row("guide", escape(f"CT series {guide['series_uid']}: {guide_reason}" if guide["series_uid"]
                                   else f"none: {guide_reason}"))
     table.add_row("method", f"{report['method']}, preset {report['preset']}, on {report['device']}")
