@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import SimpleITK as sitk
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydicom import dcmread, dcmwrite
+from pydicom.dataset import Dataset
 from pydicom.uid import UID, ExplicitVRBigEndian, ImplicitVRLittleEndian, RLELossless
 
 from sop.check import check_derived
@@ -43,11 +45,14 @@ def test_the_field_of_view_stays(orientation: tuple, tmp_path: Path) -> None:
     assert np.abs(corners[0] - corners[1]).max() < 1e-3
 
 
-def _itk_corners(paths: list[Path] | tuple[Path, ...]) -> np.ndarray:
+def _itk_image(paths: Sequence[Path]) -> sitk.Image:
     reader = sitk.ImageSeriesReader()
-    names = reader.GetGDCMSeriesFileNames(str(paths[0].parent))
-    reader.SetFileNames(names)
-    image = reader.Execute()
+    reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(paths[0].parent)))
+    return reader.Execute()
+
+
+def _itk_corners(paths: Sequence[Path]) -> np.ndarray:
+    image = _itk_image(paths)
     ends = [(-0.5, n - 0.5) for n in image.GetSize()]
     return np.array([image.TransformContinuousIndexToPhysicalPoint((float(i), float(j), float(k)))
                      for i in ends[0] for j in ends[1] for k in ends[2]])
@@ -61,6 +66,30 @@ def test_the_field_of_view_of_a_real_series_stays(name: str, shared_data: Path, 
     corners = [_itk_corners(paths) for paths in (source, files)]
     assert np.abs(corners[0] - corners[1]).max() < 1e-3
     assert check_derived(source, files).failures == ()
+
+
+def test_the_same_suv_stands_at_the_same_place(tmp_path: Path) -> None:
+    """Read by ITK, through the QIBA formula with each series' own header: SUV at the centres of source voxels."""
+    source = save(source_series(orientation=OBLIQUE), tmp_path / "source")
+    files = derive(source, tmp_path / "derived", image=lambda y: y.repeat(2, 0).repeat(2, 1).repeat(2, 2))[0].files
+    before, after = _itk_image(source), _itk_image(files)
+    rng = np.random.default_rng(2)
+    hottest = max(values_of(ds).max() for ds in read_back(files)) * _qiba_suv_per_bqml(dcmread(files[0]))
+    for index in rng.integers((0, 0, 0), before.GetSize(), (200, 3)).tolist():
+        suv = before.GetPixel(index) * _qiba_suv_per_bqml(dcmread(source[0]))
+        # A tenth of a voxel off the centre, where eight derived voxels meet.
+        point = before.TransformContinuousIndexToPhysicalPoint([i + 0.1 for i in index])
+        there = after.TransformPhysicalPointToIndex(point)
+        assert after.GetPixel(there) * _qiba_suv_per_bqml(dcmread(files[0])) == pytest.approx(suv, abs=1e-4 * hottest)
+
+
+def _qiba_suv_per_bqml(ds: Dataset) -> float:
+    """Weight over dose decayed from injection to series time, both on the same day."""
+    tracer = ds.RadiopharmaceuticalInformationSequence[0]
+    start, scan = (sum(int(text[i:i + 2]) * 60 ** (2 - i // 2) for i in (0, 2, 4))
+                   for text in (tracer.RadiopharmaceuticalStartTime, ds.SeriesTime))
+    decayed = float(tracer.RadionuclideTotalDose) * 2 ** (-(scan - start) / float(tracer.RadionuclideHalfLife))
+    return float(ds.PatientWeight) * 1000 / decayed
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
