@@ -79,9 +79,17 @@ class Matcher:
     """
 
     def __init__(self, config: Config, ledger: Ledger, spool: Spool, *, clock: Callable[[], float] = time.time,
-                 poll_s: float = 5.0, full_settings: FullSettings = identity.full_settings) -> None:
+                 poll_s: float = 2.0, full_settings: FullSettings = identity.full_settings) -> None:
         self._config, self._ledger, self._spool, self._clock = config, ledger, spool, clock
         self._poll_s, self._full_settings = poll_s, full_settings
+
+    def prepare(self) -> None:
+        """Ask for the settings of every route ahead of time: the first study need not wait, a wrong route shows now."""
+        for route in self._config.route:
+            try:
+                self._full_settings(route.method, route.preset, route.settings)
+            except (SettingsRefused, SettingsUnknown) as error:
+                log.error(f"route {route.name} cannot be used", action="route_unusable", reason=str(error))
 
     def tick(self) -> int:
         """Look at every series that is due; how many were."""

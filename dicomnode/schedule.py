@@ -24,17 +24,22 @@ log = get_logger(__name__)
 
 
 def build(*, match: Callable[[], object], deliver: Callable[[], object], tidy: Callable[[], object],
-          match_s: float = MATCH_S, deliver_s: float = DELIVER_S, tidy_s: float = TIDY_S) -> BackgroundScheduler:
-    """A scheduler, not started yet. A tick that is late runs once, not once for every tick missed (clock jumps)."""
+          once: Callable[[], object], match_s: float = MATCH_S, deliver_s: float = DELIVER_S,
+          tidy_s: float = TIDY_S) -> BackgroundScheduler:
+    """A scheduler, not started yet; `once` runs at its start.
+
+    A tick that is late runs once, not once for every tick missed (clock jumps).
+    """
     # A match that loads a method for the first time outlasts a few ticks; that is no news.
     logging.getLogger("apscheduler").setLevel(logging.ERROR)
     scheduler = BackgroundScheduler(
-        timezone=UTC, executors={"default": ThreadPoolExecutor(3)},
+        timezone=UTC, executors={"default": ThreadPoolExecutor(4)},
         job_defaults={"coalesce": True, "max_instances": 1, "misfire_grace_time": None},
     )
     for name, call, seconds in (("matcher", match, match_s), ("deliveries", deliver, deliver_s),
                                 ("housekeeping", tidy, tidy_s)):
         scheduler.add_job(call, "interval", seconds=seconds, id=name, next_run_time=datetime.now(UTC))
+    scheduler.add_job(once, id="prepare")
     return scheduler
 
 

@@ -41,7 +41,7 @@ def run(config: Config, *, stop: threading.Event, ready: Callable[[], None]) -> 
         deliverer = Deliverer(config, ledger, spool)
         matcher = Matcher(config, ledger, spool)
         runner = _Runner(executor, stop)
-        scheduler = schedule.build(match=matcher.tick, deliver=deliverer.tick,
+        scheduler = schedule.build(match=matcher.tick, deliver=deliverer.tick, once=matcher.prepare,
                                    tidy=lambda: schedule.sweep_work(ledger, spool))
         runner.start()
         scheduler.start()

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from pydicom.dataset import Dataset
+from structlog.testing import capture_logs
 
 from dicomnode import identity, operate
 from dicomnode.matcher import Matcher
@@ -299,6 +300,15 @@ def test_settings_the_method_does_not_know_hold_the_series(tmp_path: Path) -> No
         pet = line.receive(pet_series())
         judge(line, after_s=31)
         assert line.state(pet) == ("held", "settings") and "all-pet" in line.ledger.series(pet)["reason"]
+
+
+def test_a_route_that_cannot_be_used_is_told_at_the_start(tmp_path: Path) -> None:
+    """Before the first study of that route arrives; the other routes are not affected."""
+    with Line(tmp_path, route=PET_ROUTE + "settings = { nonsense = 1 }\n") as line:
+        with capture_logs() as logs:
+            line.matcher().prepare()
+    assert [(entry["action"], entry["log_level"]) for entry in logs] == [("route_unusable", "error")]
+    assert "all-pet" in logs[0]["event"] and "nonsense" in logs[0]["reason"]
 
 
 def test_settings_that_cannot_be_asked_for_now_are_asked_for_again(tmp_path: Path) -> None:
