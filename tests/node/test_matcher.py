@@ -304,9 +304,8 @@ def test_settings_the_method_does_not_know_hold_the_series(tmp_path: Path) -> No
 
 def test_a_route_that_cannot_be_used_is_told_at_the_start(tmp_path: Path) -> None:
     """Before the first study of that route arrives; the other routes are not affected."""
-    with Line(tmp_path, route=PET_ROUTE + "settings = { nonsense = 1 }\n") as line:
-        with capture_logs() as logs:
-            line.matcher().prepare()
+    with Line(tmp_path, route=PET_ROUTE + "settings = { nonsense = 1 }\n") as line, capture_logs() as logs:
+        line.matcher().prepare()
     assert [(entry["action"], entry["log_level"]) for entry in logs] == [("route_unusable", "error")]
     assert "all-pet" in logs[0]["event"] and "nonsense" in logs[0]["reason"]
 
