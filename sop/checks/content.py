@@ -155,8 +155,8 @@ def _place_items(y: NDArray[np.float32], seen: NDArray[np.float32], limits: Limi
     for axis, (name, values, errors) in itertools.product(
         range(3), (("content-shift", shift, shift_error), ("content-stretch", stretch, stretch_error))
     ):
-        where = "at the edges, where corners would be aligned," if name == "content-stretch" else ""
-        measured = f"displacement {where} along the {_AXES[axis]} axis: {values[axis]:.3f} +- {errors[axis]:.3f} voxels"
+        where = " at the edges (aligned corners give 0.25)" if name == "content-stretch" else ""
+        measured = f"displacement along the {_AXES[axis]} axis{where}: {values[axis]:.3f} +- {errors[axis]:.3f} voxels"
         told = errors[axis] <= _CLEAR
         items.append(CheckItem(
             f"{name}-{_AXES[axis]}", not (told and abs(values[axis]) > limits.shift_voxels), float(values[axis]),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
@@ -421,3 +423,16 @@ def test_the_check_shares_nothing_with_the_writer() -> None:
         assert not [line for line in imports if any(
             name in line for name in ("sop.pet", "sop.modules", "sop.encoding", "sop.uids", "sop.derivation")
         ) or line.startswith("from sop import")]
+
+
+def test_the_document_names_every_item_and_no_other(series: tuple[list[Path], list[Path]]) -> None:
+    """docs/derived-series.md tells a person what each failing item means."""
+    text = (Path(__file__).resolve().parents[2] / "docs" / "derived-series.md").read_text()
+    kernel = np.zeros((3, 3, 3))
+    kernel[1, 1, 1] = 1
+    items = {item.name for item in check_derived(*series, kernel=kernel).items}
+    rows = [line.split("|")[4] for line in text.splitlines() if line.startswith("| ") and "---" not in line]
+    named = set(re.findall(r"`([a-z*-]+)`", " ".join(rows)))
+    told = set(re.findall(r"`([a-z*-]+)`", text))
+    assert not [name for name in items if not any(fnmatch(name, pattern) for pattern in told)]
+    assert not [pattern for pattern in named if not any(fnmatch(name, pattern) for name in items)]
