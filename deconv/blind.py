@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from deconv.finish import centred_pair
 from deconv.kernels import FWHM_PER_SIGMA, gaussian
 from deconv.losses import fidelity, kernel_excess, relative_squares, ssim
 from deconv.networks import Gk, GkVector, Gx, VectorAdam
@@ -221,7 +222,10 @@ class _Solver:
             zk = torch.from_numpy(gaussian(width, 1.0, (stage.kernel_size,) * 3)).to(self.y)
         else:
             with torch.no_grad():
-                x, k = self.current.images()
+                found = self.current.images()
+            # without a guide the pair is free to drift apart on the coarse grid; the next one starts centred
+            centred = centred_pair(*(part.float().cpu().numpy() for part in found))[:2]
+            x, k = (torch.from_numpy(part).to(self.y) for part in centred)
             zx = resample(x, size)  # the doubled grid of the scale before, brought to this scale's grid
             zk = resample(k, (stage.kernel_size,) * 3)
             zk = zk / zk.sum()

@@ -19,8 +19,8 @@ Departures of "paper" from the text of [S24], each where the text is silent or d
 - Gk has a new width at every scale, so it is drawn anew and taught its input; Gx is kept. Adam starts afresh each time.
 - "Predict their own inputs": Gx(zx)↓ → zx and softmax(Gk(zk)) → zk in relative squared error, 100 steps.
 - "Kernel MSE" (Table 2) is the l2 norm of the kernel voxels above 0.7 that its caption describes.
-- The finished pair is shifted so that the kernel's centroid is its centre, and x is scaled by one factor to the
-  source's total activity (both recorded in the metrics).
+- At every change of scale and at the end the pair is shifted so that the kernel's centroid is its centre;
+  at the end x is scaled by one factor to the source's total activity (both recorded in the metrics).
 
 [S24] Sample et al. 2024, doi:10.1088/1361-6560/ad36a9        [R20] Ren et al. 2020, doi:10.1109/CVPR42600.2020.00340
 """
