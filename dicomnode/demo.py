@@ -7,13 +7,13 @@ C-STORE as a scanner would, waits for the derived series, verifies it from the r
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -153,19 +153,23 @@ def _node(folder: Path, method: str, preset: str, peer_port: int) -> Iterator[in
     """`dicomnode serve` as a process of its own; yields its port once it is ready."""
     folder.mkdir(parents=True)
     port, config, log = _free_port(), folder / "dicomnode.toml", folder / "node.log"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     config.write_text(CONFIG.format(node_port=port, peer_port=peer_port, method=method, preset=preset,
                                     data_dir=json.dumps(str(folder / "data"))), encoding="utf-8")
     with log.open("wb") as messages, subprocess.Popen(
         [sys.executable, "-m", "dicomnode", "serve", "--config", str(config)], stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE, stderr=messages, env=environment,
+        stdout=subprocess.PIPE, stderr=messages,
     ) as process:
         assert process.stdout is not None
+        too_late = threading.Timer(START_S, process.kill)
+        too_late.start()
         try:
-            if process.stdout.readline().strip() != b"ready":
+            line = process.stdout.readline().strip()
+            too_late.cancel()
+            if line != b"ready":
                 raise NodeError(f"the node did not start; its log {log} ends: {log.read_text(errors='replace')[-500:]}")
             yield port
         finally:
+            too_late.cancel()
             process.send_signal(signal.SIGTERM)
             try:
                 process.wait(STOP_S)
