@@ -316,10 +316,12 @@ def test_a_worker_killed_in_the_middle_of_a_job_delivers_exactly_one_series(tmp_
         line.matcher().tick()
         (job,) = line.ledger.jobs_of_series(uid)
         first = worker(line)
-        wait_until("the job to run", lambda: line.ledger.job(job["id"])["state"] == "running", timeout_s=60)
-        time.sleep(0.5)  # the child is loading its libraries, which takes seconds
-        first.kill()
-        first.wait()
+        try:
+            wait_until("the job to run", lambda: line.ledger.job(job["id"])["state"] == "running", timeout_s=60)
+            time.sleep(0.5)  # the child is loading its libraries, which takes seconds
+        finally:
+            first.kill()
+            first.wait()
         stop = threading.Event()
         second = threading.Thread(target=work, args=(line.config,), kwargs={"stop": stop, "ready": lambda: None})
         second.start()
