@@ -41,7 +41,10 @@ from deconv.result import Deconvolution, OnStep, Progress
 from deconv.tv import tv_deconvolve
 from deconv.volume import Volume
 
-__all__ = ["Gw", "PREVIEW", "Region", "Settings", "deconvolve", "informative_region", "width_profile"]
+__all__ = [
+    "Gw", "PREVIEW", "Region", "Settings", "deconvolve", "gaussian_tensor", "informative_region", "kernel_on_pet_grid",
+    "width_profile",
+]
 
 Float3 = NDArray[np.float64]
 
@@ -220,9 +223,19 @@ def deconvolve(
     for axis, name in enumerate("dhw"):
         metrics[f"kernel_fwhm_{name}_mm"] = float(widths[axis])
     return finished(
-        volume, x, gaussian(widths, spacing), top, preset=settings.preset, settings=plain(settings), losses=losses,
-        seconds=time.perf_counter() - start, metrics=metrics,
+        volume, x, kernel_on_pet_grid(widths, spacing), top, preset=settings.preset, settings=plain(settings),
+        losses=losses, seconds=time.perf_counter() - start, metrics=metrics,
     )
+
+
+def kernel_on_pet_grid(widths: Float3, spacing: Float3) -> NDArray[np.float32]:
+    """The kernel k (d, h, w) of voxels `spacing` for which x↓ ∗ k comes closest to P(x ∗ k_w).
+
+    Integrating k_w over PET voxels would count the mean over a voxel twice; sampling it would be right for an image
+    without edges. Measured on PET and phantoms, taking off half the voxel's variance s²/12 leaves the least residual.
+    """
+    narrower = widths**2 - 0.5 * FWHM_PER_SIGMA**2 * spacing**2 / 12.0
+    return gaussian(np.sqrt(np.maximum(narrower, (0.5 * widths) ** 2)), spacing)
 
 
 def _slab(shape: tuple[int, ...], settings: Settings) -> int | None:

@@ -15,8 +15,9 @@ from deconv import nbd, preview
 from deconv.classic import METHODS as CLASSIC
 from deconv.kernels import gaussian
 from deconv.metrics import kernel_inner_product, nrmse
+from deconv.operators import blur, downsample
 from deconv.phantoms import spheres
-from deconv.preview import PREVIEW, Gw, gaussian_tensor, informative_region, width_profile
+from deconv.preview import PREVIEW, Gw, gaussian_tensor, informative_region, kernel_on_pet_grid, width_profile
 from deconv.result import Cancelled, Progress
 from deconv.safeguards import gates
 from deconv.volume import Volume
@@ -137,6 +138,17 @@ def test_the_differentiable_gaussian_is_the_gaussian():
     np.testing.assert_allclose(k.detach().numpy(), gaussian([4.0, 6.0, 8.0], spacing, (9, 11, 13)), atol=1e-6)
     k[4, 5, 6].backward()
     assert (widths.grad < 0).all()
+
+
+def test_the_reported_kernel_blurs_as_the_fine_one_does(phantom):
+    """x↓ ∗ k, which the gates measure, is P(x ∗ k_w), which was solved, to half a per cent of the maximum."""
+    x = torch.from_numpy(np.array(phantom.truth.array / phantom.truth.array.max()))
+    spacing, widths = phantom.measured.spacing, np.full(3, 6.0)
+    solved = downsample(blur(x, torch.from_numpy(gaussian(widths, spacing / 2))))
+    reported = blur(downsample(x), torch.from_numpy(kernel_on_pet_grid(widths, spacing)))
+    counted_twice = blur(downsample(x), torch.from_numpy(gaussian(widths, spacing)))
+    assert float((reported - solved).square().mean().sqrt()) < 5e-3
+    assert (reported - solved).square().sum() < (counted_twice - solved).square().sum()
 
 
 def test_settings_that_make_no_sense_are_refused():
