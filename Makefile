@@ -45,7 +45,7 @@ bench: system-packages $(VENV)/.installed-test
 	@set -e; for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
 
 system-packages:
-	@sh scripts/system-packages.sh
+	@PYTHON="$(PYTHON)" sh scripts/system-packages.sh
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

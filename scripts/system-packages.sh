@@ -1,5 +1,6 @@
 #!/bin/sh
-# Debian packages the tests talk to: DCMTK (peers), Orthanc (a real PACS), dicom3tools (dciodvfy, dcentvfy).
+# Debian packages the tests talk to: DCMTK (peers), Orthanc (a real PACS), dicom3tools (dciodvfy, dcentvfy); and what
+# builds pyradiomics, the reference for the texture map: a C compiler and Python's headers.
 # Installs what is missing, as root or by sudo; says what to do where neither is possible.
 set -eu
 
@@ -7,6 +8,9 @@ missing=""
 [ -x /usr/bin/storescu ] || missing="$missing dcmtk"
 [ -x /usr/sbin/Orthanc ] || missing="$missing orthanc"
 [ -x /usr/bin/dciodvfy ] || missing="$missing dicom3tools"
+command -v cc >/dev/null || missing="$missing gcc libc6-dev"
+"${PYTHON:-python3}" -c 'import os, sysconfig
+raise SystemExit(not os.path.isfile(os.path.join(sysconfig.get_path("include"), "Python.h")))' || missing="$missing python3-dev"
 [ -n "$missing" ] || exit 0
 
 command="apt-get install -y --no-install-recommends$missing"
@@ -15,7 +19,7 @@ if [ "${SKIP_SYSTEM_PACKAGES:-}" = 1 ]; then
     exit 0
 fi
 if ! command -v apt-get >/dev/null; then
-    echo "Missing:$missing, and there is no apt-get. Remedy: install DCMTK, Orthanc and dicom3tools your system's way," >&2
+    echo "Missing:$missing, and there is no apt-get. Remedy: install these your system's way," >&2
     echo "or run with SKIP_SYSTEM_PACKAGES=1: the tests that need them are then skipped." >&2
     exit 1
 fi

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -132,3 +133,16 @@ def test_scripts_can_be_run(script):
     assert path.stat().st_mode & 0o100
     shell = "bash" if "bash" in path.read_text(encoding="utf-8").splitlines()[0] else "sh"
     assert subprocess.run([shell, "-n", str(path)], timeout=20).returncode == 0
+
+
+def test_what_cannot_be_installed_is_said_with_the_remedy(tmp_path):
+    """No compiler and no apt-get: `make test` ends with a sentence, or goes on where the person says so."""
+    for name in ("sh", "id", "cat"):
+        (tmp_path / name).symlink_to(shutil.which(name) or "")
+    script = [shutil.which("sh") or "", str(ROOT / "scripts" / "system-packages.sh")]
+    bare = {"PATH": str(tmp_path), "PYTHON": sys.executable}
+    refused = subprocess.run(script, env=bare, capture_output=True, text=True, timeout=20)
+    assert refused.returncode == 1 and "gcc" in refused.stderr and "Remedy" in refused.stderr
+    bare["SKIP_SYSTEM_PACKAGES"] = "1"
+    skipped = subprocess.run(script, env=bare, capture_output=True, text=True, timeout=20)
+    assert skipped.returncode == 0 and "skipped" in skipped.stderr
