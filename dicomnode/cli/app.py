@@ -33,6 +33,11 @@ class Door(TyperGroup):
             raise typer.Exit(Exit.FAILED) from None
         except OSError as error:
             return _leave(ctx, error, f"{error}", Exit.FAILED)
+        except Exception as error:
+            if type(error).__module__.partition(".")[0] in ("typer", "click"):
+                raise  # usage errors and exits: typer's own business
+            sentence = f"unexpected {type(error).__name__}: {error}. Remedy: report what --debug shows"
+            return _leave(ctx, error, sentence, Exit.FAILED)
 
 
 def _leave(ctx: Any, error: Exception, sentence: str, code: int) -> None:

@@ -130,6 +130,18 @@ def test_debug_shows_the_traceback():
     assert "Traceback" in done.stderr and "nowhere.toml" in done.stderr
 
 
+def test_the_unexpected_is_a_sentence_too(config, monkeypatch):
+    """A bug shows no traceback to an operator; --debug lets it through."""
+    def broken(*_arguments: object) -> None:
+        raise KeyError("deep inside")
+
+    monkeypatch.setattr("dicomnode.views.jobs", broken)
+    result = dicomnode("jobs", "--config", config)
+    assert result.exit_code == 1 and "deep inside" in result.stderr and "--debug" in result.stderr
+    with pytest.raises(KeyError):
+        CliRunner().invoke(app, ["--debug", "jobs", "--config", str(config)], catch_exceptions=False)
+
+
 def test_a_node_that_never_ran_says_so(tmp_path):
     """No empty ledger is made by looking."""
     path = tmp_path / "node.toml"
