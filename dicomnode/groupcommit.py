@@ -1,34 +1,36 @@
-"""Group commit: objects that many associations finish at the same time share one ledger transaction.
+"""Keeping received objects: each association makes its own file durable, one ledger transaction serves many of them.
 
-One thread decides in the order of arrival, inside the ledger's transaction: new objects are moved to their place and
-their folders fsynced, then the rows are committed, then each waiting association hears the outcome. A file that has no
-row was never acknowledged and may be replaced; a file that has one is never replaced by other bytes.
+Order for one object: fsynced in incoming/ (the caller), moved to its place, folder fsynced, row committed, and only
+then the outcome is told. A file that has no row was never acknowledged and may be replaced; a file that has one is
+never replaced by other bytes. One process alone may keep objects in a data directory; in it, objects of one SOP
+Instance UID wait for each other.
 """
 
 from __future__ import annotations
 
 import queue
 import threading
+from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dicomnode.errors import NodeError
 from dicomnode.ledger import InstanceRow, Kept, Ledger
 from dicomnode.logs import get_logger
-from dicomnode.spool import Spool, fsync_dir
+from dicomnode.spool import Spool
 
-__all__ = ["Arrived", "GroupCommitter"]
+__all__ = ["GroupCommitter"]
 
 _BATCH = 64
 log = get_logger("groupcommit")
 
 
 @dataclass(frozen=True)
-class Arrived:
-    """A fsynced file in incoming/ and its row; `row.path` is decided at commit."""
+class _Arrived:
+    """A row whose file is in its place."""
 
-    written: Path
     row: InstanceRow
     outcome: Future[Kept] = field(default_factory=Future)
 
@@ -38,20 +40,63 @@ class GroupCommitter:
 
     def __init__(self, spool: Spool, ledger: Ledger) -> None:
         self._spool, self._ledger = spool, ledger
-        self._queue: queue.SimpleQueue[Arrived | None] = queue.SimpleQueue()
+        self._looking = Ledger(ledger.path)  # a connection of its own: looking does not wait for a commit under way
+        self._busy: set[str] = set()
+        self._turn = threading.Condition()
+        self._queue: queue.SimpleQueue[_Arrived | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="group-commit", daemon=True)
         self._thread.start()
 
     def keep(self, written: Path, row: InstanceRow, *, timeout_s: float = 120.0) -> Kept:
-        """Returns once the object is safe: what it was. Raises NodeError, OSError, TimeoutError: then it is not."""
-        arrived = Arrived(written, row)
-        self._queue.put(arrived)
-        return arrived.outcome.result(timeout_s)
+        """Take a fsynced file from incoming/; `row.path` is decided here. On return the object is safe: what it was.
+
+        Raises NodeError, OSError, sqlite3.Error, TimeoutError: then it may not be safe.
+        """
+        with self._alone(row.sop_instance_uid):
+            known = self._looking.known(row.sop_instance_uid)
+            if known is None:
+                target, expected = self._spool.object_path(row.study_uid, row.series_uid, row.sop_instance_uid), "new"
+            elif known["sha256"] == row.sha256:
+                self._restore(written, known)
+                return "repeat"
+            else:
+                target, expected = self._spool.conflict_path(row.sop_instance_uid, row.sha256), "conflict"
+            self._spool.publish(written, target)
+            arrived = _Arrived(replace(row, path=self._spool.relative(target)))
+            self._queue.put(arrived)
+            kept = arrived.outcome.result(timeout_s)
+            if kept != expected:
+                raise NodeError(f"instance {row.sop_instance_uid} was entered by another process at the same moment. "
+                                "Remedy: let one receiver alone use the data directory.")
+            return kept
 
     def close(self) -> None:
         """Commit what waits, then end the thread."""
         self._queue.put(None)
         self._thread.join()
+        self._looking.close()
+
+    @contextmanager
+    def _alone(self, sop_instance_uid: str) -> Iterator[None]:
+        with self._turn:
+            while sop_instance_uid in self._busy:
+                self._turn.wait()
+            self._busy.add(sop_instance_uid)
+        try:
+            yield
+        finally:
+            with self._turn:
+                self._busy.discard(sop_instance_uid)
+                self._turn.notify_all()
+
+    def _restore(self, written: Path, known: dict[str, object]) -> None:
+        """A resend of bytes we know heals an object that is missing or short on disk."""
+        place = self._spool.absolute(str(known["path"]))
+        if place.is_file() and place.stat().st_size == known["bytes"]:
+            return
+        self._spool.publish(written, place)
+        log.warning("A stored object was missing or short and is restored from a resend.", action="object_restored",
+                    sop_instance_uid=known["sop_instance_uid"])
 
     def _run(self) -> None:
         open_ = True
@@ -60,59 +105,16 @@ class GroupCommitter:
             while len(batch) < _BATCH and not self._queue.empty():
                 batch.append(self._queue.get())
             open_ = None not in batch
-            waiting = [arrived for arrived in batch if arrived is not None]
-            while waiting:
-                waiting = self._commit_each_uid_once(waiting)
+            self._commit([arrived for arrived in batch if arrived is not None])
 
-    def _commit_each_uid_once(self, batch: list[Arrived]) -> list[Arrived]:
-        """Commit the first object of each SOP Instance UID; those left must see its row first."""
-        first: dict[str, Arrived] = {}
-        left = [arrived for arrived in batch if first.setdefault(arrived.row.sop_instance_uid, arrived) is not arrived]
+    def _commit(self, batch: list[_Arrived]) -> None:
         try:
-            outcomes = self._commit(list(first.values()))
+            outcomes = self._ledger.add_instances([arrived.row for arrived in batch])
         except BaseException as error:
-            log.error("The ledger did not take objects: their senders were told to try again.", action="commit_failed",
-                      objects=len(first), error=f"{type(error).__name__}: {error}")
-            outcomes = dict.fromkeys(first, error)
-        for uid, arrived in first.items():
-            outcome = outcomes[uid]
-            if isinstance(outcome, BaseException):
-                arrived.outcome.set_exception(outcome)
-            else:
-                arrived.outcome.set_result(outcome)
-        return left
-
-    def _commit(self, batch: list[Arrived]) -> dict[str, Kept | BaseException]:
-        outcomes: dict[str, Kept | BaseException] = {}
-        rows: list[InstanceRow] = []
-        folders: set[Path] = set()
-        with self._ledger.transaction():
+            log.error("The ledger did not take objects: their senders are told to try again.", action="commit_failed",
+                      objects=len(batch), error=f"{type(error).__name__}: {error}")
             for arrived in batch:
-                try:
-                    target = self._target(arrived.row)
-                    if target is not None:
-                        self._spool.place(arrived.written, target)
-                        folders.add(target.parent)
-                    path = "" if target is None else self._spool.relative(target)
-                    rows.append(replace(arrived.row, path=path))
-                except (NodeError, OSError) as error:
-                    outcomes[arrived.row.sop_instance_uid] = error
-            for folder in folders:
-                fsync_dir(folder)
-            for row, kept in zip(rows, self._ledger.add_instances(rows), strict=True):
-                outcomes[row.sop_instance_uid] = kept
-        return outcomes
-
-    def _target(self, row: InstanceRow) -> Path | None:
-        """Where the object goes: its place, beside (conflict), or nowhere (the same bytes are there already)."""
-        known = self._ledger.known(row.sop_instance_uid)
-        if known is None:
-            return self._spool.object_path(row.study_uid, row.series_uid, row.sop_instance_uid)
-        if known["sha256"] != row.sha256:
-            return self._spool.conflict_path(row.sop_instance_uid, row.sha256)
-        place = self._spool.absolute(known["path"])
-        if place.is_file() and place.stat().st_size == known["bytes"]:
-            return None
-        log.warning("A stored object was missing or short and is restored from a resend.", action="object_restored",
-                    sop_instance_uid=row.sop_instance_uid)
-        return place
+                arrived.outcome.set_exception(error)
+            return
+        for arrived, kept in zip(batch, outcomes, strict=True):
+            arrived.outcome.set_result(kept)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 from dicomnode.config import Config
+from dicomnode.errors import NodeError
 from dicomnode.ledger import Ledger
 from dicomnode.logs import configure, get_logger
 from dicomnode.scp import Receiver
@@ -18,12 +22,13 @@ __all__ = ["run"]
 def run(config: Config, *, stop: threading.Event, ready: Callable[[], None]) -> None:
     """Receive until `stop` is set; `ready` is called once associations are accepted.
 
-    Raises LedgerCorrupt where the ledger is damaged, OSError where the data directory or the address cannot be used.
+    Raises LedgerCorrupt where the ledger is damaged, NodeError where another receiver uses the data directory, OSError
+    where directory or address cannot be used.
     """
     configure(config.node)
     log = get_logger("receive")
     spool = Spool(config.node.data_dir)
-    with Ledger(spool.ledger_path) as ledger:
+    with _only_receiver(spool.data_dir), Ledger(spool.ledger_path) as ledger:
         ledger.check()
         swept = spool.sweep_incoming()
         receiver = Receiver(config, spool, ledger, clock=time.time)
@@ -37,3 +42,14 @@ def run(config: Config, *, stop: threading.Event, ready: Callable[[], None]) -> 
         finally:
             receiver.stop()
             log.info("The receiver has stopped.", action="receiver_stopped")
+
+
+@contextmanager
+def _only_receiver(data_dir: Path) -> Iterator[None]:
+    """Hold the data directory's lock; the kernel lets it go with the process, however that ends."""
+    with (data_dir / "receiver.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise NodeError(f"another receiver uses {data_dir}. Remedy: end it, or give this one its own.") from error
+        yield

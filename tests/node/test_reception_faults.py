@@ -398,6 +398,17 @@ def test_object_on_disk_without_a_row_does_not_hinder_a_resend(tmp_path: Path):
         assert lies_intact(receiver, dataset.SOPInstanceUID, encoded(dataset))
 
 
+def test_second_receiver_on_the_same_data_directory_is_refused(receiver: ReceiverProcess, tmp_path: Path):
+    """It would sweep away what the first is writing."""
+    second = ReceiverProcess(tmp_path)
+    text = second.config_path.read_text(encoding="utf-8").replace(str(second.data_dir), str(receiver.data_dir))
+    second.config_path.write_text(text, encoding="utf-8")
+    with pytest.raises(AssertionError, match="another receiver uses"):
+        second.start()
+    second.kill()
+    assert echoscu(receiver.port).returncode == 0
+
+
 def test_sigterm_ends_the_receiver_cleanly_with_associations_open(tmp_path: Path):
     """Exit code 0 within seconds; the peer's association is aborted."""
     receiver = ReceiverProcess(tmp_path)
