@@ -259,7 +259,7 @@ def _profiled(region: Tensor, spacing: Float3, settings: Settings, count: _Count
 #: of the prior against ln TV, whose curvature about its minimum is near 2 per (ln w)² on phantoms
 PRIOR_WEIGHT = 0.1
 #: of the start against TV in the networks' loss: they may correct the width by some per cent, not replace it
-PULL = 1e-2
+PULL = 3e-2
 
 
 def _sharp(region: Tensor, spacing: Float3, widths: Float3, settings: Settings) -> Tensor:
