@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from deconv.result import Cancelled, Deconvolution, OnStep, Progress
 from deconv.volume import Volume
 
-__all__ = ["Cancelled", "Deconvolution", "METHODS", "Method", "OnStep", "PRESET_NAMES", "Progress", "Volume", "method"]
+__all__ = ["Cancelled", "Deconvolution", "GUIDED", "METHODS", "Method", "OnStep", "PRESET_NAMES", "Progress", "Volume", "method"]
 
 #: method name -> "module" whose functions are the door, or "module:TABLE" with one door per name
 METHODS: Mapping[str, str] = {
@@ -35,6 +35,9 @@ PRESET_NAMES: Mapping[str, tuple[str, ...]] = {
     "cubic": ("default",),
     "nearest": ("default",),
 }
+
+#: (method, preset) that look at a CT; no PET is made to wait for a CT that the others would not look at
+GUIDED: frozenset[tuple[str, str]] = frozenset({("nbd", "paper")})
 
 
 class Method(Protocol):

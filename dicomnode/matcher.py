@@ -17,12 +17,13 @@ from pydicom import dcmread
 from pydicom.dataset import Dataset
 from pydicom.errors import InvalidDicomError
 
+from deconv import GUIDED
 from dicomnode import __version__, identity
 from dicomnode.config import Config, Route
 from dicomnode.identity import SettingsRefused, SettingsUnknown
 from dicomnode.ledger import Ledger, NewJob
 from dicomnode.logs import get_logger
-from dicomnode.matching import Arrival, choose_guide, completeness, eligible, geometry_of, guide_wait, normal_of
+from dicomnode.matching import Arrival, choose_guide, completeness, eligible, geometry_of, guide_wait
 from dicomnode.routing import first_route
 from dicomnode.spool import Spool
 from sop.pet import is_own_output
@@ -146,7 +147,7 @@ class Matcher:
         if whole.state == "waiting" and (whole.code == "quiet" or not seen.row["released"]):
             return _Decision("waiting", whole.code, whole.reason, until=whole.until)
         if whole.state == "held" and not seen.row["released"]:
-            return _Decision("held", whole.code, f"{whole.reason}. Remedy: send what is missing, or "
+            return _Decision("held", whole.code, f"{whole.reason}. Remedy: {whole.remedy}, or "
                              f"`dicomnode release {seen.uid}` to process it as it is")
         route = first_route(self._config.route, seen.header, calling_ae=seen.row["calling_ae"])
         if route is None:
@@ -159,14 +160,15 @@ class Matcher:
         now, limits = self._clock(), self._config.completeness
         completed_at = seen.row["last_at"] + limits.quiet_s
         wait_s = limits.ct_wait_s if route.ct_wait_s is None else route.ct_wait_s
+        if (route.method, route.preset) not in GUIDED and route.guide == "prefer":
+            wait_s = 0.0
         study = self._ledger.series_of_study(seen.row["study_uid"])
         if any(self._may_become_guide(row, now) for row in study) and now < completed_at + wait_s:
             return _Decision("waiting", "ct", "waiting for a CT of the study that is still arriving",
                              until=min(now + self._poll_s, completed_at + wait_s))
         guides = {guide.uid: guide for guide in self._guides(seen)}
         pet = geometry_of(seen.arrivals, seen.header)
-        axis = normal_of(seen.instances[0]["orientation"])
-        choice = choose_guide(pet, [geometry_of(ct.arrivals, ct.header, normal=axis) for ct in guides.values()])
+        choice = choose_guide(pet, [geometry_of(ct.arrivals, ct.header, normal=pet.axis) for ct in guides.values()])
         decision = guide_wait(choice, completed_at=completed_at, now=now, ct_wait_s=wait_s,
                               allow_unguided=route.guide == "prefer" or bool(seen.row["released"]))
         considered = "".join(f"; CT {uid} {why}" for uid, why in choice.considered)
@@ -198,7 +200,8 @@ class Matcher:
         except SettingsUnknown as error:
             log.error("settings cannot be determined", action="settings_unknown", series=seen.uid, reason=str(error))
             return _Decision("waiting", "settings-unknown", str(error), until=self._clock() + self._poll_s)
-        guide_inputs = guide.sop_instance_uids if guide else ()
+        # A CT that the method does not look at is noted with the job, but decides nothing about the image.
+        guide_inputs = guide.sop_instance_uids if guide and (route.method, route.preset) in GUIDED else ()
         digest = identity.job_identity(inputs=seen.sop_instance_uids, guide_inputs=guide_inputs, method=route.method,
                                        settings=settings, software_version=__version__)
         job = NewJob(

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticUndefined
 
-from deconv import METHODS, PRESET_NAMES, method
+from deconv import GUIDED, METHODS, PRESET_NAMES, method
 from dicomnode.config import Config, Peer, Route, load, parse
 from dicomnode.errors import ConfigError
 
@@ -127,6 +127,13 @@ def test_preset_names_equal_the_presets_of_the_method(name: str):
     assert set(PRESET_NAMES[name]) == set(found.PRESETS)
     for preset in PRESET_NAMES[name]:
         assert parse(PACS + ROUTE.format(method=name, preset=preset)).route[0].preset == preset
+
+
+def test_the_table_of_presets_that_look_at_a_ct_is_true():
+    """Those and only those whose schedule has a texture term."""
+    looks = {(name, preset) for name in METHODS for preset, chosen in method(name).PRESETS.items()
+             if any(phase.texture for stage in getattr(chosen, "stages", ()) for phase in stage.phases)}
+    assert looks == GUIDED
 
 
 @pytest.mark.parametrize(("text", "sentence"), [

@@ -17,10 +17,13 @@ from dicomnode.pipeline import full_settings
 from tests.factories import ct_series, nm_tomo, pet_series
 from tests.node.line import PET_ROUTE, Line
 
+GUIDED_ROUTE = PET_ROUTE.replace('"nearest"', '"nbd"').replace('"default"', '"paper"')
+
 
 @pytest.fixture
 def line(tmp_path: Path) -> Iterator[Line]:
-    with Line(tmp_path) as line:
+    """A node whose only route looks at the CT."""
+    with Line(tmp_path, route=GUIDED_ROUTE) as line:
         yield line
 
 
@@ -60,7 +63,7 @@ def test_pet_and_ct_of_one_study_become_one_job(line: Line) -> None:
     assert line.state(pet)[0] == "matched"
     (job,) = line.ledger.jobs_of_series(pet)
     assert job["guide_series_uid"] == ct and len(job["inputs"]) == 8 + 12
-    assert job["send_to"] == ["PACS"] and job["method"] == "nearest"
+    assert job["send_to"] == ["PACS"] and job["method"] == "nbd"
 
 
 def test_the_ct_may_come_later_than_the_pet(line: Line) -> None:
@@ -92,6 +95,17 @@ def test_without_a_ct_the_method_runs_unguided_after_the_wait(line: Line) -> Non
     judge(line, after_s=31)
     judge(line, after_s=600)
     assert [job["guide_series_uid"] for job in line.ledger.jobs_of_series(pet)] == [None]
+
+
+def test_a_method_that_looks_at_no_ct_does_not_wait_for_one(tmp_path: Path) -> None:
+    """Queued at once; a CT that is there is noted with the job and is no input of it."""
+    with Line(tmp_path) as line:
+        alone = line.receive(pet_series(seed=1))
+        ct, pet = line.receive(ct_series()), line.receive(pet_series())
+        judge(line, after_s=31)
+        assert jobs(line, alone) == [("queued", 8)]
+        assert jobs(line, pet) == [("queued", 8)]
+        assert [job["guide_series_uid"] for job in line.ledger.jobs_of_series(pet)] == [ct]
 
 
 def test_a_route_that_requires_a_guide_holds_the_pet_and_a_person_may_release_it(tmp_path: Path) -> None:
