@@ -21,9 +21,8 @@ ROUTE = """
 [[route]]
 name = "all PET"
 when = { Modality = "PT" }
-method = "tv"
+method = "nearest"
 preset = "default"
-settings = { psf_fwhm_mm = 6.0 }
 send_to = ["PACS"]
 [work]
 retry_s = 0.5
