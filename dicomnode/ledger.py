@@ -138,10 +138,13 @@ class Ledger:
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield self._db
+                self._db.execute("COMMIT")
             except BaseException:
-                self._db.execute("ROLLBACK")
+                # Also after a COMMIT that failed: left open, it would take in what comes next and never make it
+                # durable. Some errors (disk full) have rolled back already.
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
                 raise
-            self._db.execute("COMMIT")
 
     def _query(self, sql: str, parameters: Mapping[str, Any] | Sequence[Any] = ()) -> list[sqlite3.Row]:
         with self._lock:
@@ -360,7 +363,16 @@ class Ledger:
             for peer in job["send_to"]:
                 db.execute("INSERT OR IGNORE INTO delivery (job_id, peer, state, next_at, created_at) "
                            "VALUES (?, ?, 'waiting', ?, ?)", (job_id, peer, now, now))
+            self.settle(job_id, now=now)
             return True
+
+    def settle(self, job_id: int, *, now: float) -> None:
+        """A built job whose deliveries were all done before (it was stopped at the last instance) is delivered."""
+        with self.transaction():
+            states = {row["state"] for row in self.deliveries(job_id)}
+            if self.job(job_id)["state"] == "built" and states == {"delivered"}:
+                self.set_job(job_id, "sending", now=now)
+                self.set_job(job_id, "delivered", now=now, reason="every peer had confirmed it before")
 
     # --- deliveries
 

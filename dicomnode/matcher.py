@@ -151,7 +151,8 @@ class Matcher:
                              f"`dicomnode release {seen.uid}` to process it as it is")
         route = first_route(self._config.route, seen.header, calling_ae=seen.row["calling_ae"])
         if route is None:
-            return _Decision("ignored", "no-route", "no route matches")
+            return _Decision("ignored", "no-route", "no route matches. Remedy if one should: add a [[route]], start "
+                             f"the node again, then `dicomnode retry {seen.uid}`")
         return self._decide_guide(seen, route, whole.reason)
 
     def _decide_guide(self, seen: _Seen, route: Route, whole: str) -> _Decision:

@@ -22,6 +22,7 @@ JOB_HOLD = frozenset({"queued", "running", "failed", "built", "sending"})
 JOB_CANCEL = JOB_HOLD | HELD
 SERIES_HOLD = frozenset({"receiving", "waiting", "complete"})
 SERIES_CANCEL = SERIES_HOLD | HELD
+UNDECIDED = frozenset({"no-route", "operator"})  # ignored by the configuration of the day or by a person, not by rule
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,13 @@ class Done:
 def retry(ledger: Ledger, target: str, *, now: float, actor: str) -> Done:
     """Try again: a held, failed or cancelled job is queued with its attempts reset; a held series is looked at again.
 
-    A job whose deliveries died is not computed again: it goes on sending what is already built.
+    So is a series that was ignored because no route matched, or because a person cancelled it. A job whose deliveries
+    died is not computed again: it goes on sending what is already built.
     Raises NotFound and RefusedInput.
     """
     row = _one(ledger, target, "retry", HELD, JOB_RETRY, dead_too=True)
     with ledger.transaction() as db:
-        if row["series_state"] == "held":
+        if row["series_state"] == "held" or _undecided(row):
             ledger.set_series(row["series_uid"], "receiving", now=now, code="operator", reason="retry", actor=actor)
             return Done(row["series_uid"], None, "receiving", "the series is looked at again")
         job, dead = ledger.job(row["job_id"]), _dead(ledger, row["job_id"])
@@ -97,6 +99,9 @@ def release(ledger: Ledger, target: str, *, now: float, actor: str) -> Done:
                        "VALUES (?, ?, 'waiting', ?, ?)", (job["id"], peer, now, now))
         _revive(db, ledger, _dead(ledger, job["id"]), now=now)
         ledger.set_job(job["id"], "built", now=now, code="operator", reason=why, actor=actor, finished_at=None)
+        ledger.settle(job["id"], now=now)
+        if ledger.job(job["id"])["state"] == "delivered":
+            return Done(job["series_uid"], job["id"], "delivered", "every peer has the derived series already")
         return Done(job["series_uid"], job["id"], "built", "the derived series is sent as it is")
 
 
@@ -122,7 +127,8 @@ def _one(ledger: Ledger, target: str, verb: str, series_states: Set[str], job_st
         has_job = row["job_id"] is not None
         if has_job and (row["job_state"] in job_states or (dead_too and _dead(ledger, row["job_id"]))):
             return True
-        return row["series_state"] in series_states and (len(rows) == 1 or row["modality"] == "PT")
+        wanted = row["series_state"] in series_states or (verb == "retry" and _undecided(row))
+        return wanted and (len(rows) == 1 or row["modality"] == "PT")
 
     fitting = [row for row in rows if fits(row)]
     if not fitting:
@@ -132,6 +138,10 @@ def _one(ledger: Ledger, target: str, verb: str, series_states: Set[str], job_st
         raise RefusedInput(f"{target!r} leaves {len(fitting)} choices: {'; '.join(_label(row) for row in fitting)}. "
                            "Remedy: name one of them by its series UID or job number.")
     return fitting[0]
+
+
+def _undecided(row: dict[str, Any]) -> bool:
+    return row["series_state"] == "ignored" and row["series_code"] in UNDECIDED
 
 
 def _named(ledger: Ledger, target: str) -> list[dict[str, Any]]:

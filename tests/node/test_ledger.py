@@ -54,6 +54,20 @@ def test_commit_is_on_disk_before_it_returns(ledger: Ledger):
         assert db.execute("PRAGMA synchronous").fetchone()[0] == 2
 
 
+def test_a_commit_that_fails_leaves_no_transaction_open(ledger: Ledger):
+    """Else later rows would join it, be reported as entered, and be gone with the process."""
+    def commit_fails() -> None:
+        with ledger.transaction() as db:
+            db.execute("PRAGMA defer_foreign_keys=ON")  # checked at COMMIT, which sqlite then leaves undone
+            db.execute("INSERT INTO delivery (job_id, peer, state, next_at, created_at) VALUES (9, 'P', 'dead', 0, 0)")
+
+    with pytest.raises(sqlite3.IntegrityError):
+        commit_fails()
+    assert received(ledger) == "new"
+    with Ledger(ledger.path) as other:
+        assert other.known("1.2.1.1") is not None
+
+
 def test_rows_of_a_killed_process_are_there(tmp_path: Path):
     """What add_instances returned for survives kill -9 right after."""
     code = ("import os, sys; from pathlib import Path; from dicomnode.ledger import Ledger; "

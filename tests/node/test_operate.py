@@ -136,6 +136,36 @@ def test_release_sends_what_is_built(ledger):
     assert len(ledger.due_deliveries(now=46)) == 2
 
 
+@pytest.mark.parametrize("verb", ["release", "retry"])
+def test_a_job_stopped_after_its_last_instance_ends_delivered(ledger, verb):
+    """Held or cancelled while the last answers came in: nothing is left to send, so it must not wait to be sent."""
+    arrive(ledger)
+    job = queue(ledger)
+    build(ledger, job)
+    ledger.set_job(job, "sending", now=50)
+    operate.hold(ledger, str(job), now=51, actor="mia")
+    for row in ledger.deliveries(job):
+        ledger.set_delivery(row["id"], "delivered", now=52)
+    assert ledger.job(job)["state"] == "held"
+    getattr(operate, verb)(ledger, str(job), now=53, actor="mia")
+    if verb == "retry":  # queued again: the executor finds the derived series and enters it
+        assert ledger.claim("worker", now=54, lease_s=60) is not None
+        assert ledger.built(job, "worker", now=55, derived_series_uid="1.2.3.77", derived_path=f"derived/{job}",
+                            derived_instances=2, report={})
+    assert ledger.job(job)["state"] == "delivered"
+
+
+@pytest.mark.parametrize("code", ["no-route", "operator"])
+def test_retry_looks_again_at_a_series_that_no_rule_excludes(ledger, code):
+    """A route was added since, or a person changed their mind; what is ignored by rule stays so."""
+    arrive(ledger)
+    ledger.set_series(PET, "ignored", now=20, code=code)
+    assert operate.retry(ledger, STUDY, now=21, actor="mia").state == "receiving"
+    ledger.set_series(PET, "ignored", now=22, code="localizer")
+    with pytest.raises(RefusedInput, match="nothing to retry"):
+        operate.retry(ledger, STUDY, now=23, actor="mia")
+
+
 def test_release_refuses_a_job_that_built_nothing(ledger):
     """There is nothing to send; the remedy is named."""
     arrive(ledger)
