@@ -46,7 +46,7 @@ class RunningNode:
         with (self.folder / "node.log").open("a") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "dicomnode", "serve", "--config", str(self.config)],
-                stdout=subprocess.PIPE, stderr=log, text=True, env={**os.environ, "OMP_NUM_THREADS": "2"})
+                stdout=subprocess.PIPE, stderr=log, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         assert line.strip() == "ready", f"serve said {line!r}; its log:\n{self.log()[-3000:]}"

@@ -16,6 +16,8 @@ from tests.dciodvfy import iod_errors
 from tests.e2e.harness import RunningNode, shuffled_shares
 from tests.peers import Orthanc, storescu, wait_until
 
+pytestmark = pytest.mark.timeout(1500)  # two CPU minutes of deblurring, beside whatever else the machine does
+
 ROUTE = """
 [[route]]
 name = "all PET"
@@ -43,7 +45,7 @@ def delivered(shared_data: Path, tmp_path_factory: pytest.TempPathFactory):
             sent = list(pool.map(lambda share: storescu(node.port, share, calling="GEMIDAS"),
                                  shuffled_shares(pet, 3, seed=20261)))
         assert [done.returncode for done in sent] == [0, 0, 0], sent
-        job = node.wait_for(series, "delivered", "held", timeout_s=420)
+        job = node.wait_for(series, "delivered", "held", timeout_s=1200)
         assert job["state"] == "delivered", job
         wait_until("534 instances in Orthanc", lambda: orthanc.count_instances(job["derived_series"]) == 534)
         files = orthanc.download_series(job["derived_series"], folder / "derived")

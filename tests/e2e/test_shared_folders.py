@@ -31,7 +31,7 @@ EXPECTED = {
     ("philips_suvval_pt", "PT"): ("delivered", ("",)),
     ("philips_suvval_ct", "CT"): ("ignored", ("guide",)),
     ("nema_iec_minimal_pet", "PT"): ("held", ("Units",)),
-    ("nm_jaszczak", "NM"): ("ignored", ("NM",)),
+    ("nm_jaszczak", "NM"): ("ignored", ("Nuclear Medicine",)),
     ("flt_single", "PT"): ("held", ("one slice", "DYNAMIC")),
 }
 
