@@ -19,6 +19,7 @@ import os
 import selectors
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -42,6 +43,7 @@ LOST_LIMIT = 100  # a job that was running each time the whole node died so ofte
 LAST_WORDS = ("built", "refused", "failed")  # after these the child leaves by itself
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
 LONGEST_WAIT_S = 3600.0  # between two attempts
+LEDGER_WAIT_S = 10.0
 POLL_S = 0.25
 GRACE_S = 3.0
 PIPELINE = (sys.executable, "-m", "dicomnode.pipeline")
@@ -77,7 +79,13 @@ class Executor:
     def run(self, stop: threading.Event) -> None:
         """Claim and run jobs until `stop` is set."""
         while not stop.is_set():
-            job = self._ledger.claim(self._owner, now=self._clock(), lease_s=self._config.work.lease_s)
+            try:
+                job = self._ledger.claim(self._owner, now=self._clock(), lease_s=self._config.work.lease_s)
+            except sqlite3.OperationalError as error:  # disk full, or locked for long: no reason to end the worker
+                log.error("no job can be claimed, the ledger cannot be written", action="claim_failed",
+                          error=str(error), again_s=LEDGER_WAIT_S)
+                stop.wait(LEDGER_WAIT_S)
+                continue
             if job is None:
                 stop.wait(0.5)
             else:

@@ -417,6 +417,29 @@ class Ledger:
             elif job["state"] == "sending" and set(left) == {"delivered"}:
                 self.set_job(job["id"], "delivered", now=now)
 
+    # --- clock
+
+    def mend_times(self, *, now: float, longest_wait_s: float) -> int:
+        """After the clock was set back: what lies ahead of any wait there is becomes `now`, or it would be waited for.
+
+        Instances cannot have come in the future (a minute is granted), nothing is due later than `longest_wait_s`
+        from now. How many times were mended.
+        """
+        ahead, far = now + 60.0, now + longest_wait_s
+        late = "SELECT series_uid FROM series WHERE state IN ('receiving', 'waiting') AND last_at > ?"
+        mended = 0
+        with self.transaction() as db:
+            for update, values in (
+                (f"UPDATE instance SET received_at = ? WHERE received_at > ? AND series_uid IN ({late})",
+                 (now, ahead, ahead)),
+                ("UPDATE series SET last_at = ? WHERE state IN ('receiving', 'waiting') AND last_at > ?", (now, ahead)),
+                ("UPDATE series SET until = ? WHERE state = 'waiting' AND until > ?", (now, far)),
+                ("UPDATE job SET run_after = ? WHERE state IN ('queued', 'failed') AND run_after > ?", (now, far)),
+                ("UPDATE delivery SET next_at = ? WHERE state = 'waiting' AND next_at > ?", (now, far)),
+            ):
+                mended += db.execute(update, values).rowcount
+        return mended
+
     # --- looking
 
     def overview(self, study: str | None = None, *, limit: int = 100_000) -> list[dict[str, Any]]:

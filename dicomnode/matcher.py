@@ -89,8 +89,11 @@ class Matcher:
         for route in self._config.route:
             try:
                 self._full_settings(route.method, route.preset, route.settings)
-            except (SettingsRefused, SettingsUnknown) as error:
+            except SettingsRefused as error:
                 log.error(f"route {route.name} cannot be used", action="route_unusable", reason=str(error))
+            except SettingsUnknown as error:  # also where the node is stopped meanwhile
+                log.warning(f"the settings of route {route.name} are asked for again with its first series",
+                            action="settings_unknown", reason=str(error))
 
     def tick(self) -> int:
         """Look at every series that is due; how many were."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import shutil
+import sqlite3
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 
@@ -19,6 +21,7 @@ __all__ = ["build", "sweep_work"]
 MATCH_S = 1.0
 DELIVER_S = 1.0
 TIDY_S = 3600.0
+REPEAT_S = 60.0
 
 log = get_logger(__name__)
 
@@ -38,9 +41,27 @@ def build(*, match: Callable[[], object], deliver: Callable[[], object], tidy: C
     )
     for name, call, seconds in (("matcher", match, match_s), ("deliveries", deliver, deliver_s),
                                 ("housekeeping", tidy, tidy_s)):
-        scheduler.add_job(call, "interval", seconds=seconds, id=name, next_run_time=datetime.now(UTC))
+        scheduler.add_job(_Steady(name, call), "interval", seconds=seconds, id=name, next_run_time=datetime.now(UTC))
     scheduler.add_job(once, id="prepare")
     return scheduler
+
+
+class _Steady:
+    """A tick that may fail again and again, as while the disk is full: said once a minute, not at every tick."""
+
+    def __init__(self, name: str, call: Callable[[], object], *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._name, self._call, self._clock = name, call, clock
+        self._said: dict[str, float] = {}
+
+    def __call__(self) -> None:
+        try:
+            self._call()
+        except Exception as error:
+            what = f"{type(error).__name__}: {error}"
+            if self._clock() - self._said.get(what, float("-inf")) >= REPEAT_S:
+                self._said = {what: self._clock()}
+                log.error(f"{self._name} failed and is tried again at its next turn", action="tick_failed",
+                          tick=self._name, error=what, exc_info=not isinstance(error, sqlite3.Error))
 
 
 def sweep_work(ledger: Ledger, spool: Spool) -> int:

@@ -49,7 +49,7 @@ class Spool:
 
     def __init__(self, data_dir: Path) -> None:
         self.data_dir = Path(data_dir)
-        self.data_dir.mkdir(parents=True, exist_ok=True)
+        self.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)  # the ledger in it tells who was examined, too
         for name in self.FOLDERS:
             (self.data_dir / name).mkdir(mode=0o700, exist_ok=True)
         fsync_dir(self.data_dir)

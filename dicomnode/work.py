@@ -13,7 +13,7 @@ from dicomnode import schedule
 from dicomnode.config import Config
 from dicomnode.delivery import Deliverer
 from dicomnode.errors import NodeError
-from dicomnode.executor import Executor
+from dicomnode.executor import LONGEST_WAIT_S, Executor
 from dicomnode.ledger import Ledger
 from dicomnode.logs import get_logger
 from dicomnode.matcher import Matcher
@@ -42,7 +42,7 @@ def run(config: Config, *, stop: threading.Event, ready: Callable[[], None]) -> 
         matcher = Matcher(config, ledger, spool)
         runner = _Runner(executor, stop)
         scheduler = schedule.build(match=matcher.tick, deliver=deliverer.tick, once=matcher.prepare,
-                                   tidy=lambda: schedule.sweep_work(ledger, spool))
+                                   tidy=lambda: _tidy(config, ledger, spool, now=time.time()))
         runner.start()
         scheduler.start()
         log.info("worker runs", action="worker_ready", data_dir=str(spool.data_dir))
@@ -58,6 +58,18 @@ def run(config: Config, *, stop: threading.Event, ready: Callable[[], None]) -> 
         if runner.error is not None:
             raise runner.error
         log.info("worker ends", action="worker_stopped")
+
+
+def _tidy(config: Config, ledger: Ledger, spool: Spool, *, now: float) -> None:
+    """At the start and every hour: times that a wrong clock stamped, and folders that nobody owns."""
+    complete = config.completeness
+    waits = [complete.give_up_h * 3600, complete.ct_wait_s, 1.25 * config.delivery.retry_max_s, LONGEST_WAIT_S,
+             *(route.ct_wait_s or 0.0 for route in config.route)]
+    mended = ledger.mend_times(now=now, longest_wait_s=max(waits) + complete.quiet_s + 60)
+    if mended:
+        log.warning("times ahead of the clock were set to now: was the clock set back?", action="times_mended",
+                    times=mended)
+    schedule.sweep_work(ledger, spool)
 
 
 class _Runner(threading.Thread):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -72,6 +73,22 @@ def attempt(line: Line, executor: Executor, stop: threading.Event | None = None)
 
 def work_folders(line: Line) -> list[str]:
     return [path.name for path in (line.spool.data_dir / "work").iterdir()]
+
+
+def test_a_ledger_that_cannot_be_written_does_not_end_the_executor(line: Line, monkeypatch: pytest.MonkeyPatch):
+    """Disk full: the executor asks again later; the worker is not started over and over."""
+    stop, asked = threading.Event(), []
+
+    def claim(*_: object, **__: object) -> None:
+        asked.append(1)
+        if len(asked) == 3:
+            stop.set()
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(line.ledger, "claim", claim)
+    monkeypatch.setattr("dicomnode.executor.LEDGER_WAIT_S", 0.0)
+    child(line, "").run(stop)
+    assert len(asked) == 3
 
 
 def test_a_built_series_is_moved_whole_to_its_place_and_entered_with_its_deliveries(line: Line) -> None:

@@ -206,6 +206,26 @@ def test_due_series_are_quiet_or_their_time_has_come(ledger: Ledger):
     assert (due(129), due(130), due(150)) == ([], ["1.2.1"], ["1.2.1", "1.2.2"])
 
 
+def test_times_that_a_wrong_clock_stamped_are_not_waited_for(ledger: Ledger):
+    """The clock stood years ahead and was set back: what it stamped is due soon; what is rightly waited for is kept."""
+    ahead = 3e8
+    received(ledger, series="1.2.1", now=ahead)
+    received(ledger, series="1.2.2", now=ahead)
+    ledger.set_series("1.2.2", "waiting", now=ahead, until=ahead + 86400)
+    received(ledger, series="1.2.3", now=90)
+    ledger.set_series("1.2.3", "waiting", now=90, until=5000)
+    received(ledger, series="1.2.4", now=ahead)
+    ledger.set_series("1.2.4", "complete", now=ahead)
+    ledger.add_job(replace(JOB, identity="future", series_uid="1.2.4"), now=ahead)
+    assert ledger.due_series(now=200, quiet_s=30) == [] and ledger.claim("w", now=200, lease_s=60) is None
+    assert ledger.mend_times(now=100, longest_wait_s=86400) == 2 + 2 + 1 + 1  # instances, arrivals, until, job
+    assert [row["series_uid"] for row in ledger.due_series(now=130, quiet_s=30)] == ["1.2.1", "1.2.2"]
+    assert [row["received_at"] for row in ledger.instances("1.2.1")] == [100]
+    assert ledger.series("1.2.3")["until"] == 5000
+    assert ledger.claim("w", now=130, lease_s=60) is not None
+    assert ledger.mend_times(now=101, longest_wait_s=86400) == 0
+
+
 # --- jobs
 
 

@@ -53,7 +53,9 @@ def test_what_is_no_uid_is_refused(spool: Spool, uid: str):
 
 
 def test_folders_are_for_the_node_alone(spool: Spool):
-    """Patient data: mode 0700."""
+    """Patient data, and the ledger, which knows who was examined: mode 0700."""
+    fresh = Spool(spool.data_dir / "another")
+    assert fresh.data_dir.stat().st_mode & 0o777 == 0o700
     for name in Spool.FOLDERS:
         assert (spool.data_dir / name).stat().st_mode & 0o777 == 0o700
     path = spool.object_path("1.2", "1.3", "1.4")
