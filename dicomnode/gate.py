@@ -85,7 +85,7 @@ class Gate:
         now = self._clock()
         with self._lock:
             found = self._resolved.get(host)
-        if found is None or now - found[0] > _RESOLVED_FOR_S:
+        if found is None or abs(now - found[0]) > _RESOLVED_FOR_S:  # either way: the clock may be set back
             try:
                 infos = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
                 addresses = frozenset(_plain(str(info[4][0])) for info in infos)
@@ -139,7 +139,7 @@ class SecurityLog:
                 code, reason = "various", "many different callers are refused"
                 calling_ae, address = "", "many addresses"
             last, left_out = self._last.get(key, (None, 0))
-            if last is not None and now - last < self._quiet_s:
+            if last is not None and abs(now - last) < self._quiet_s:
                 self._last[key] = (last, left_out + 1)
                 return
             self._last[key] = (now, 0)
@@ -155,6 +155,6 @@ class SecurityLog:
     def _forget(self, now: float) -> None:
         """Drop what was not seen for twenty quiet times, so that the counts of the rest are still told."""
         old = [key for key, (at, left_out) in self._last.items()
-               if now - at > self._quiet_s * (20 if left_out else 1)]
+               if abs(now - at) > self._quiet_s * (20 if left_out else 1)]
         for key in old:
             del self._last[key]

@@ -87,6 +87,25 @@ def test_host_that_cannot_be_resolved_lets_nobody_in(monkeypatch: pytest.MonkeyP
     assert code() is None
 
 
+def test_a_clock_that_is_set_back_neither_keeps_an_old_address_nor_silences_the_record(tmp_path: Path,
+                                                                                      monkeypatch: pytest.MonkeyPatch):
+    """The name is looked up again, and the next refusal is written, without waiting for the old time to come again."""
+    clock = Clock()
+    addresses = ["192.0.2.9", "192.0.2.10"]
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: [(2, 1, 6, "", (addresses[0], 0))])
+    gate = Gate(config('host = "scanner.example"'), clock=clock)
+    enter = {"calling_ae": "SCANNER", "called_ae": "NBDNODE"}
+    assert gate.enter(1, address="192.0.2.9", **enter) is None
+    with Ledger(tmp_path / "ledger.sqlite3") as ledger:
+        security = SecurityLog(ledger, clock=clock)
+        security.record("security", "address", "refused", calling_ae="X", address="192.0.2.1")
+        clock.now -= 86400
+        addresses.pop(0)
+        assert gate.enter(2, address="192.0.2.10", **enter) is None
+        security.record("security", "address", "refused", calling_ae="X", address="192.0.2.1")
+        assert len(ledger.events()) == 2
+
+
 def test_places_are_counted_and_given_back():
     """Leaving twice frees one place only."""
     gate = Gate(config('host = "127.0.0.1"', most=2), clock=Clock())
