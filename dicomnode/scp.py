@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 from collections.abc import Callable
 from typing import cast
@@ -207,6 +208,8 @@ class Receiver:
             return self._refused(event, index, error)
         except TimeoutError:
             return self._refused(event, index, DiskFull("the disk did not answer in time; the sender may try again"))
+        except sqlite3.OperationalError as error:  # disk full, or locked for long: it passes, so the sender may retry
+            return self._refused(event, index, DiskFull(f"the ledger cannot be written: {error}; try again"))
         except Exception as error:  # an association must survive, and its peer hear that the object is not safe
             log.exception("An object could not be kept.", action="store_failed")
             return self._refused(event, index, NodeError(f"the object could not be kept: {type(error).__name__}"))

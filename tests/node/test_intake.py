@@ -6,19 +6,26 @@ import errno
 import io
 import os
 import random
+import sqlite3
 import time
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pydicom
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydicom.dataset import Dataset
 from pydicom.uid import CTImageStorage, DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
+from dicomnode.config import Config
 from dicomnode.errors import CannotUnderstand, DiskFull, NodeError, TooLarge
 from dicomnode.intake import Intake, Limits, Request, file_meta
+from dicomnode.ledger import Ledger
 from dicomnode.objectindex import Incomplete, read_index
+from dicomnode.scp import Receiver
 from dicomnode.spool import Spool
 from tests.factories import ct_series, enhanced_ct
 from tests.peers import encoded
@@ -198,3 +205,23 @@ def test_short_writes_are_completed(spool: Spool, monkeypatch: pytest.MonkeyPatc
     assert isinstance(one.path, Path)
     assert one.path.read_bytes() == file_meta(REQUEST) + DATA
     one.discard()
+
+
+def test_a_ledger_that_cannot_be_written_is_a_passing_trouble(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Disk full or locked for long: 0xA700, out of resources, after which senders try again; not 0x0110."""
+    taken = intake(Spool(tmp_path))
+    monkeypatch.setattr(taken, "index", lambda: None)
+    requestor = SimpleNamespace(ae_title="SCANNER", address_info=None)
+    event: Any = SimpleNamespace(request=SimpleNamespace(DataSet=taken), assoc=SimpleNamespace(requestor=requestor))
+
+    def keep(*_: object) -> None:
+        raise sqlite3.OperationalError("database is locked")
+
+    with Ledger(tmp_path / "ledger.sqlite3") as ledger:
+        receiver = Receiver(Config(), Spool(tmp_path), ledger, clock=lambda: 1.0)
+        monkeypatch.setattr(receiver, "_keep", keep)
+        try:
+            answer = receiver._on_c_store(event)
+        finally:
+            receiver.stop()
+    assert isinstance(answer, Dataset) and answer.Status == 0xA700
