@@ -261,7 +261,7 @@ def _tell(console: Console, result: dict[str, Any]) -> None:
     facts.add_row("total activity", f"changed by {100 * result['activity_change']:+.4f} %")
     if found is not None:
         facts.add_row("kernel FWHM", f"{found[0]:.1f} × {found[1]:.1f} × {found[2]:.1f} mm found, "
-                                     f"{result['true_fwhm_mm'][0]:.1f} mm true (both on these voxels)")
+                                     f"{result['true_fwhm_mm'][0]:.1f} mm true, on these voxels")
     items = result["verified"]["items"]
     failed = [item for item in items if not item["ok"]]
     verdict = "[green]passed[/]" if not failed else "[red]failed[/]"

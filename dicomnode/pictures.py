@@ -16,6 +16,7 @@ from scipy import ndimage
 
 from deconv.phantoms import Phantom
 from deconv.volume import Volume
+from dicomnode.figures import true_kernel
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -107,13 +108,14 @@ def _profile(panel: Axes, phantom: Phantom, source: Volume, derived: Volume) -> 
 
 
 def _kernel(panel: Axes, phantom: Phantom, kernel: NDArray[np.float32]) -> None:
-    """The estimated kernel's central line against the true PSF's, and its central slice as an inset."""
+    """The estimated kernel's central line against the true one's, and its central slice as an inset."""
+    true = true_kernel(phantom)
     spacing = float(phantom.measured.spacing[2])
-    for values, colour, name, style in ((phantom.psf, TRUTH, "true PSF", "-"), (kernel, AFTER, "estimated", "o-")):
+    for values, colour, name, style in ((true, TRUTH, "true", "-"), (kernel, AFTER, "estimated", "o-")):
         d, h, w = values.shape
         line = np.asarray(values)[d // 2, h // 2]
         mm = (np.arange(w) - w // 2) * spacing
-        if values is phantom.psf:
+        if values is true:
             panel.fill_between(mm, line, color=colour, alpha=0.35, lw=0, label=name)
         else:
             panel.plot(mm, line, style, color=colour, lw=1.6, ms=3.5, label=name)
