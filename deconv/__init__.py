@@ -16,7 +16,8 @@ from typing import Any, Protocol
 from deconv.result import Cancelled, Deconvolution, OnStep, Progress
 from deconv.volume import Volume
 
-__all__ = ["Cancelled", "Deconvolution", "GUIDED", "METHODS", "Method", "OnStep", "PRESET_NAMES", "Progress", "Volume", "method"]
+__all__ = ["Cancelled", "Deconvolution", "GUIDED", "METHODS", "Method", "OnStep", "PRESET_NAMES", "Progress", "Volume",
+           "method"]
 
 #: method name -> "module" whose functions are the door, or "module:TABLE" with one door per name
 METHODS: Mapping[str, str] = {

@@ -138,7 +138,7 @@ class ClassicMethod:
         device: str | torch.device = "cpu",
         on_step: OnStep | None = None,
     ) -> Deconvolution:
-        """Deconvolve `volume` (non-negative part of it). `guide` is accepted and not used: these methods need no CT.
+        """Deconvolve `volume`; the result is non-negative. `guide` is accepted and not used: these methods need no CT.
 
         Raises TypeError for another method's settings, ValueError for a volume without activity; on_step may raise
         Cancelled, which passes.

@@ -43,7 +43,7 @@ class Gate:
 
 
 def gates(volume: Volume, result: Deconvolution) -> tuple[Gate, ...]:
-    """Every safeguard of design section 8 that can be measured, for the result of `volume`.
+    """Every safeguard of docs/method.md, "Gates", measured for the result of `volume`.
 
     kernel-centroid voxels from the centre, largest axis; kernel-maximum; kernel-width mm, widest axis; activity,
     relative change of the total; activity-scale, by how far the solver's total was off before it was corrected;

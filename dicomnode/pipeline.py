@@ -105,7 +105,7 @@ def process(
                          on_step)
     marks.append(time.perf_counter())
     guide_report["used"] = bool(result.settings.get("guided", False))
-    derivation = _derivation(result, guide_report, naming)
+    derivation = _derivation(result, source, guide_report, naming, choose_device(device))
     opened = gates(volume, result)
     report = _report(source, result, guide_report, device=choose_device(device), gates=opened)
     _pass_gates(opened, report, source)
@@ -165,9 +165,18 @@ def _deconvolve(volume: Volume, source: SeriesInfo, guide: Volume | None, method
                       study=source.study, series=source.series) from error
 
 
-def _derivation(result: Deconvolution, guide: Mapping[str, Any], naming: Mapping[str, Any]) -> Derivation:
-    """What the series carries. The instances of a guide that was used decide the image, so they decide the UIDs."""
-    settings = dict(result.settings)
+def _threads() -> int:
+    """CPU threads that torch computes with in this process; 0 where the method did without it."""
+    return sys.modules["torch"].get_num_threads() if "torch" in sys.modules else 0
+
+
+def _derivation(result: Deconvolution, source: SeriesInfo, guide: Mapping[str, Any], naming: Mapping[str, Any],
+                device: str) -> Derivation:
+    """What the series carries. What decides the image, and what its values mean, decides the UIDs: kind of device and
+    number of threads (they change the last bits), the instances of a guide that was used, Units that were assumed."""
+    settings = {**result.settings, "device": device.partition(":")[0], "threads": _threads()}
+    if not source.first.get("Units"):
+        settings["assumed_units"] = source.source_units
     if guide["used"]:
         settings["guide_instances_sha256"] = guide["instances_sha256"]
     width = None if result.kernel is None else kernel_fwhm_mm(result.kernel, result.kernel_spacing)

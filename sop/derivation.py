@@ -28,7 +28,8 @@ class Derivation:
     kernel_fwhm_mm        FWHM of the estimated or given kernel, mm, along slice, row and column direction.
     guide_series_uid      SeriesInstanceUID of the CT that guided the method.
     uid_root              "2.25" or the site's own root, at most 39 characters.
-    series_description    template; "{source}" stands for the source's SeriesDescription. A preview says so in any case.
+    series_description    template; "{source}" stands for the source's SeriesDescription. A preview says so in any case,
+                          and another method's name takes the place of NBD.
     series_number_offset  added to the source's SeriesNumber; counted on past `taken_series_numbers`, the numbers of the
                           study's OTHER series (not of an earlier delivery of this same derived series, or a repeat
                           would get another number under the same UIDs).

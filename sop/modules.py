@@ -132,6 +132,8 @@ def general_series(source: SeriesInfo, derivation: Derivation, series_uid: str) 
 
 def _series_description(source_text: str, derivation: Derivation) -> str:
     template = derivation.series_description
+    if derivation.method != "nbd":  # the name of this method stands on no other's result
+        template = template.replace("NBD", derivation.method)
     if derivation.is_preview and "preview" not in template.lower():
         template += " (preview)"
     room = _TEXT_LO - len(template.format(source=""))

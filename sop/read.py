@@ -178,9 +178,31 @@ def _without_duplicates(found: Sequence[_Found], notes: list[str], isolated: Iso
             places.append([unique[i]])
             last = along[i]
     kinds.refuse_time_slices([[item.slice.header for item in place] for place in places])
+    for place in places:
+        _require_same_image(sorted(place, key=_rank), isolated)
     if len(places) < len(unique):
         notes.append(f"{len(unique) - len(places)} slice(s) at a place already taken passed over")
     return [min(place, key=_rank) for place in places]
+
+
+def _require_same_image(place: Sequence[_Found], isolated: IsolatedDecoder) -> None:
+    """Slices at one place are repeats only where they show the same: which of two unlike ones is meant is not known."""
+    if len(place) == 1:
+        return
+    first = _rescaled(place[0], isolated)
+    for other in place[1:]:
+        if not np.array_equal(first, _rescaled(other, isolated)):
+            raise Refused(
+                "conflict",
+                f"instances {place[0].slice.sop_instance_uid} and {other.slice.sop_instance_uid} lie at the same place "
+                "and show different images", "send one reconstruction per series",
+            )
+
+
+def _rescaled(item: _Found, isolated: IsolatedDecoder) -> NDArray[np.float64]:
+    """Values (rows, columns) of one slice, in the units its header states."""
+    stored = _all_frames(item, isolated)[(item.slice.frame or 1) - 1]
+    return stored * item.slice.slope + item.slice.intercept
 
 
 def _rank(item: _Found) -> tuple[int, str, int]:
@@ -244,6 +266,9 @@ def _voxels(found: Sequence[_Found], isolated: IsolatedDecoder) -> NDArray[np.fl
         if opened is None or opened[0] is not item.source:
             opened = (item.source, _all_frames(item, isolated))
         stored = opened[1][(item.slice.frame or 1) - 1]
+        if item.slice.slope == 0 and stored.any():
+            raise Refused("rescale", f"RescaleSlope of instance {item.slice.sop_instance_uid} is zero, its stored "
+                          "values are not", RESEND)
         # One float64 multiplication, rounded once to float32.
         np.multiply(stored, item.slice.slope * item.slice.factor, out=scaled)
         array[index] = scaled if item.slice.intercept == 0 else scaled + item.slice.intercept * item.slice.factor

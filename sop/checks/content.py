@@ -18,11 +18,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import NDArray
+from pydicom.dataset import Dataset
 from scipy import fft, ndimage
 
 from sop.checks.report import CheckItem, Limits, agreed, at_most
 from sop.checks.stored import Instance, numbers, text
 from sop.errors import Refused
+from sop.header import put, without_pixels
 from sop.suv import suv_factors
 
 __all__ = ["content_items", "displacement", "reblurred", "value_items"]
@@ -243,12 +245,19 @@ def _terms(y: NDArray[np.float32], step: int) -> list[NDArray[np.float64]]:
     return [*firsts, *stretched, *seconds, sum(fourths), middle.ravel()]
 
 
+def _with_units(header: Dataset, units: str) -> Dataset:
+    stated = without_pixels(header)
+    put(stated, Units=units)
+    return stated
+
+
 def _suv_items(source: Sequence[Instance], derived: Sequence[Instance], limits: Limits) -> list[CheckItem]:
-    before, after = (suv_factors([item.header for item in series]).bw for series in (source, derived))
+    headers = [item.header for item in source]
+    if not text(headers[0], "Units"):  # a person vouched for the unit, which only the derived series states
+        headers = [_with_units(header, text(derived[0].header, "Units")) for header in headers]
+    before, after = suv_factors(headers).bw, suv_factors([item.header for item in derived]).bw
     if isinstance(before, Refused) or isinstance(after, Refused):
-        # Values whose unit a person vouched for have it in the derived series only; neither gives an SUV.
-        same = isinstance(before, Refused) and isinstance(after, Refused) \
-            and before.code in (after.code, "units-missing")
+        same = isinstance(before, Refused) and isinstance(after, Refused) and before.code == after.code
         told = [one.code if isinstance(one, Refused) else f"{one:.8g}" for one in (before, after)]
         promise = "the SUV factor is the source's, or refused for the same reason"
         return [CheckItem("suv", same, told[1], told[0], promise)]

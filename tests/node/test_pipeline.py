@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from pydicom import dcmread
 from pydicom.dataset import Dataset
 from scipy import ndimage
@@ -21,6 +22,7 @@ from deconv import Cancelled, Progress
 from dicomnode import pipeline
 from dicomnode.pipeline import KERNEL_FILE, Failing, Outcome, choose_device, process
 from sop.errors import Refused
+from sop.read import read_series
 from tests.factories import ct_series, pet_series
 from tests.peers import REPOSITORY
 
@@ -123,14 +125,47 @@ def test_a_method_that_does_not_use_the_guide_gives_the_same_series_with_and_wit
 def test_the_instances_of_a_guide_that_was_used_decide_the_uids(tmp_path: Path) -> None:
     """The same CT with one more slice is another input: one UID never means two images."""
     result = run(tmp_path, blurred_pet()).result
+    source = read_series(blurred_pet())[1]
     guided = replace(result, settings={**result.settings, "guided": True})
 
     def recipe(digest: str, used: bool) -> str:
         guide = {"used": used, "series_uid": "1.2.3", "instances_sha256": digest}
-        return pipeline._derivation(guided, guide, NAMING).canonical()
+        return pipeline._derivation(guided, source, guide, NAMING, "cpu").canonical()
 
     assert recipe("a", True) != recipe("b", True) != recipe("a", False)
     assert recipe("a", False) == recipe("b", False)
+
+
+def test_what_changes_the_last_bits_decides_the_uids(tmp_path: Path) -> None:
+    """Another kind of device and another number of threads are another recipe; which GPU of a kind is not."""
+    result = run(tmp_path, blurred_pet()).result
+    source, unguided = read_series(blurred_pet())[1], {"used": False, "series_uid": None}
+
+    def recipe(device: str) -> str:
+        return pipeline._derivation(result, source, unguided, NAMING, device).canonical()
+
+    assert recipe("cpu") != recipe("cuda")
+    assert recipe("cuda:0") == recipe("cuda:1")
+    before, threads = recipe("cpu"), torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)
+        assert recipe("cpu") != before
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_units_that_were_assumed_decide_the_uids(tmp_path: Path) -> None:
+    """The same numbers as activity and as SUV are two images, so they are two series."""
+    pet = blurred_pet()
+    for dataset in pet:
+        del dataset.Units
+    derived = {}
+    for units in ("BQML", "GML"):
+        (tmp_path / units).mkdir()
+        derived[units] = run(tmp_path / units, pet, assume_units=units).derived
+        assert dcmread(derived[units].files[0], stop_before_pixels=True).Units == units
+    assert derived["BQML"].series_instance_uid != derived["GML"].series_instance_uid
+    assert not set(derived["BQML"].sop_instance_uids) & set(derived["GML"].sop_instance_uids)
 
 
 @pytest.mark.parametrize(("options", "message"), [

@@ -37,11 +37,13 @@ def test_a_series_of_its_own_in_the_same_study(tmp_path: Path) -> None:
     ({"series_number_offset": 50}, 55, "NBD deblurred"),
     ({"series_description": "{source} NBD"}, 1005, "PET AC NBD"),
     ({"preset": "preview"}, 1005, "NBD deblurred (preview)"),
+    ({"method": "tv"}, 1005, "tv deblurred"),
     ({"preset": "preview", "series_description": "Preview of {source}"}, 1005, "Preview of PET AC"),
     ({"series_description": "{source} " + "x" * 61}, 1005, "PE " + "x" * 61),
 ])
 def test_number_and_description_can_be_told(changes: dict, number: int, description: str, tmp_path: Path) -> None:
-    """Rule 33: past the numbers that are taken; a preview always says so; at most 64 characters."""
+    """Rule 33: past the numbers that are taken; a preview always says so; NBD is said of NBD alone; at most 64
+    characters."""
     ds = written(tmp_path, changes=changes)[0]
     assert (ds.SeriesNumber, ds.SeriesDescription) == (number, description)
 

@@ -30,7 +30,17 @@ from scipy.spatial.transform import Rotation
 
 from sop.errors import Refused
 from sop.read import read_series
-from tests.factories import OBLIQUE, ct_series, enhanced_ct, enhanced_pet, nm_tomo, normal, pet_series, sphere_image
+from tests.factories import (
+    OBLIQUE,
+    ct_series,
+    decimal,
+    enhanced_ct,
+    enhanced_pet,
+    nm_tomo,
+    normal,
+    pet_series,
+    sphere_image,
+)
 
 
 def save(datasets: list[Dataset], folder: Path) -> list[Path]:
@@ -233,6 +243,24 @@ def test_repeated_instances_are_taken_once_and_noted():
     assert np.array_equal(forward.array, backward.array)
     assert info.sop_instance_uids == other.sop_instance_uids
     assert len(info.notes) == 2
+
+
+def test_two_images_at_one_place_are_refused():
+    """Two reconstructions under one series UID: no slice of one may stand among those of the other."""
+    series = pet_series(duplicates=range(8))
+    for ds in series[8:]:
+        ds.RescaleSlope = decimal(1.1 * float(ds.RescaleSlope))
+    assert refusal(series).code == refusal(series[::-1]).code == "conflict"
+    assert refusal(series[:8] + series[11:12]).code == "conflict"
+
+
+def test_a_slope_of_zero_that_would_wipe_out_a_slice_is_refused():
+    """Zero times what is stored is a slice without activity; a slice in which nothing is stored may say so."""
+    series = pet_series()
+    series[3].RescaleSlope = "0"
+    assert refusal(series).code == "rescale"
+    series[3].PixelData = bytes(len(series[3].PixelData))
+    assert not read_series(series)[0].array[3].any()
 
 
 def test_one_uid_for_two_images_is_refused():
