@@ -3,69 +3,30 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from tests.peers import free_port
+from tests.peers import ReceiverProcess
 
 
-class RunningNode:
+class RunningNode(ReceiverProcess):
     """`dicomnode serve` on a configuration made of the contract's keys; stopped when the block is left."""
 
-    ae_title = "NBDNODE"
+    command = ("-m", "dicomnode", "serve", "--config")
 
     def __init__(self, folder: Path, *, peers: dict[str, tuple[str, int | None]], route: str,
                  quiet_s: float = 1.5, ct_wait_s: float = 5, give_up_h: float = 24) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.port = folder, free_port()
-        self.config = folder / "dicomnode.toml"
-        tables = [f'[node]\nae_title = "{self.ae_title}"\nhost = "127.0.0.1"\nport = {self.port}\n'
-                  f'data_dir = "{folder / "data"}"\n[completeness]\nquiet_s = {quiet_s}\n'
-                  f'ct_wait_s = {ct_wait_s}\ngive_up_h = {give_up_h}\n[reception]\nlow_disk_mb = 64\n']
-        for name, (ae_title, port) in peers.items():
-            tables.append(f'[[peer]]\nname = "{name}"\nae_title = "{ae_title}"\nhost = "127.0.0.1"\n'
-                          + (f"port = {port}\n" if port else ""))
-        self.config.write_text("\n".join([*tables, route]), encoding="utf-8")
-        self.process: subprocess.Popen[str] | None = None
-
-    def __enter__(self) -> RunningNode:
-        self.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
-    def start(self) -> None:
-        """Returns once the node has printed `ready`."""
-        with (self.folder / "node.log").open("a") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "dicomnode", "serve", "--config", str(self.config)],
-                stdout=subprocess.PIPE, stderr=log, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        assert line.strip() == "ready", f"serve said {line!r}; its log:\n{self.log()[-3000:]}"
-
-    def stop(self, *, timeout_s: float = 30) -> int:
-        """SIGTERM; the exit code."""
-        assert self.process is not None
-        self.process.send_signal(signal.SIGTERM)
-        try:
-            return self.process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            raise
-
-    def log(self) -> str:
-        return (self.folder / "node.log").read_text(encoding="utf-8", errors="replace")
+        limits = f"[completeness]\nquiet_s = {quiet_s}\nct_wait_s = {ct_wait_s}\ngive_up_h = {give_up_h}\n"
+        tables = [f'[[peer]]\nname = "{name}"\nae_title = "{ae_title}"\nhost = "127.0.0.1"\n'
+                  + (f"port = {port}\n" if port else "") for name, (ae_title, port) in peers.items()]
+        super().__init__(folder, peers="\n".join([limits, *tables, route]), reception="low_disk_mb = 64")
 
     def cli(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([sys.executable, "-m", "dicomnode", *arguments, "--config", str(self.config)],
+        return subprocess.run([sys.executable, "-m", "dicomnode", *arguments, "--config", str(self.config_path)],
                               capture_output=True, text=True, timeout=60)
 
     def jobs(self) -> list[dict[str, Any]]:

@@ -94,7 +94,7 @@ def store(assoc: Association, dataset: Dataset, *, instance: str | None = None) 
 
 def rejection(assoc: Association) -> tuple[int, int, int]:
     """result, source, reason of the A-ASSOCIATE-RJ."""
-    assert assoc.is_rejected
+    assert assoc.is_rejected, f"established: {assoc.is_established}, aborted: {assoc.is_aborted}"
     primitive = assoc.acceptor.primitive
     return primitive.result, primitive.result_source, primitive.diagnostic
 
