@@ -44,6 +44,8 @@ class Deconvolution:
     preset    "paper", "preview", ... or "" for hand-made settings.
     settings  every setting that had an influence, as plain JSON values: with the source and the software version
               it determines the image.
+    uncertainty  Volume on the image's grid, in its unit: the standard deviation of what the method cannot know (kernel,
+              start); None where the method does not tell.
     """
 
     image: Volume
@@ -54,3 +56,4 @@ class Deconvolution:
     settings: Mapping[str, Any]
     losses: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
+    uncertainty: Volume | None = None
