@@ -1,8 +1,8 @@
 """Checkpoints: a long run that was killed goes on where it was, and ends in the same bits.
 
-    checkpoints = Checkpoints(folder)                       # one folder per job
-    run = checkpoints.of("main", identity((y,), settings))  # one name per run in it: "member-2", "tile-7", ...
-    state = run.load()                                      # None: start afresh; run.ignored says why
+    checkpoints = Checkpoints(folder)                     # one folder per job
+    run = checkpoints.of("member-2", (y,), settings)      # one name per run in it
+    state = run.load()                                    # None: start afresh; run.ignored says why
     ...
     run.offer(lambda: {"step": step, "gx": gx.state_dict()})  # after every step; writes once `every_s` have passed
 
@@ -72,22 +72,30 @@ class Checkpoints:
     folder   made at the first write (mode 0700: it holds patient data).
     every_s  least seconds of `clock` between two writes of one run; 0: at every step.
     keep     newest states of a run that stay on disk.
+    version  of the software: a state of another version is not taken.
     """
 
     folder: Path
     every_s: float = 60.0
     keep: int = 1
+    version: str = ""
     clock: Callable[[], float] = time.monotonic
 
     def __post_init__(self) -> None:
         if self.every_s < 0 or self.keep < 1:
             raise ValueError(f"every_s must not be negative and keep be at least 1, got {self.every_s} and {self.keep}")
 
-    def of(self, name: str, belongs_to: str) -> Checkpoint:
-        """The checkpoint of the run called `name`; belongs_to: `identity`. Raises ValueError for an unfit name."""
+    def of(
+        self, name: str, arrays: Sequence[NDArray[Any] | None], settings: Mapping[str, Any], *,
+        device: str | torch.device = "cpu",
+    ) -> Checkpoint:
+        """The checkpoint of the run called `name`; arrays, settings, device: see `identity`.
+
+        Raises ValueError for a name that is not letters, digits, "_" and "-".
+        """
         if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
             raise ValueError(f"a run's name is letters, digits, '_' and '-', got {name!r}")
-        return Checkpoint(self, name, belongs_to)
+        return Checkpoint(self, name, identity(arrays, settings, device=device, version=self.version))
 
 
 @dataclass

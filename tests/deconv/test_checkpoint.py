@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from deconv.checkpoint import HEADER_BYTES, Checkpoints, identity
+from deconv.checkpoint import HEADER_BYTES, Checkpoints
 
 Y = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
 STATE: dict[str, Any] = {
@@ -29,14 +29,13 @@ class Clock:
         return self.now
 
 
-def whose(**changes: object) -> str:
-    return identity((Y, None), {"seed": 0, **changes})
+SOURCE = (Y, None), {"seed": 0}
 
 
 def test_a_state_comes_back_as_it_was(tmp_path: Path):
     """Tensors of every kind, arrays, numbers, text, nesting."""
-    assert Checkpoints(tmp_path, every_s=0).of("run", whose()).offer(lambda: STATE)
-    found = Checkpoints(tmp_path).of("run", whose()).load()
+    assert Checkpoints(tmp_path, every_s=0).of("run", *SOURCE).offer(lambda: STATE)
+    found = Checkpoints(tmp_path).of("run", *SOURCE).load()
     assert found is not None
     assert {key: found[key] for key in ("step", "rate", "stage", "done", "nothing", "list", "number")} == {
         "step": 7, "rate": 1e-3, "stage": "main", "done": True, "nothing": None, "list": [1, (2.5, "x")], "number": 0.5}
@@ -48,7 +47,7 @@ def test_a_state_comes_back_as_it_was(tmp_path: Path):
 def test_the_order_of_memory_comes_back_too(tmp_path: Path):
     """channels_last_3d stays what it is: another order of memory would change the last bits of a convolution."""
     weight = torch.rand(2, 3, 3, 3, 3).to(memory_format=torch.channels_last_3d)
-    run = Checkpoints(tmp_path, every_s=0).of("run", whose())
+    run = Checkpoints(tmp_path, every_s=0).of("run", *SOURCE)
     run.offer(lambda: {"weight": weight})
     found = run.load()
     assert found is not None and found["weight"].stride() == weight.stride()
@@ -57,7 +56,7 @@ def test_the_order_of_memory_comes_back_too(tmp_path: Path):
 def test_what_could_run_code_is_not_written(tmp_path: Path):
     """An object of some class: refused when written, not found out when read."""
     with pytest.raises(TypeError, match="plain values"):
-        Checkpoints(tmp_path, every_s=0).of("run", whose()).offer(lambda: {"path": tmp_path})
+        Checkpoints(tmp_path, every_s=0).of("run", *SOURCE).offer(lambda: {"path": tmp_path})
 
 
 def test_it_is_written_when_the_time_has_come(tmp_path: Path):
@@ -68,7 +67,7 @@ def test_it_is_written_when_the_time_has_come(tmp_path: Path):
         made.append(clock.now)
         return {"step": len(made)}
 
-    run = Checkpoints(tmp_path, every_s=10, clock=clock).of("run", whose())
+    run = Checkpoints(tmp_path, every_s=10, clock=clock).of("run", *SOURCE)
     for clock.now in (0, 9, 10, 15, 19, 20, 21):
         run.offer(state)
     assert made == [10, 20]
@@ -77,20 +76,22 @@ def test_it_is_written_when_the_time_has_come(tmp_path: Path):
 
 def test_a_state_that_is_not_fit_to_be_kept_is_passed_over(tmp_path: Path):
     """None from the caller: what was kept before stays."""
-    run = Checkpoints(tmp_path, every_s=0).of("run", whose())
+    run = Checkpoints(tmp_path, every_s=0).of("run", *SOURCE)
     assert run.offer(lambda: {"step": 1}) and not run.offer(lambda: None)
     assert run.load() == {"step": 1}
 
 
 @pytest.mark.parametrize("other", [
-    identity((Y + 1, None), {"seed": 0}), identity((Y, Y), {"seed": 0}), identity((Y, None), {"seed": 1}),
-    identity((Y.reshape(2, 4, 3), None), {"seed": 0}), identity((Y, None), {"seed": 0}, version="2"),
-    identity((Y, None), {"seed": 0}, device="cuda:1"),
+    {"arrays": (Y + 1, None)}, {"arrays": (Y, Y)}, {"arrays": (Y.reshape(2, 4, 3), None)}, {"settings": {"seed": 1}},
+    {"version": "2"}, {"device": "cuda:1"},
 ])
-def test_a_state_of_something_else_is_not_taken(tmp_path: Path, other: str, caplog: pytest.LogCaptureFixture):
+def test_a_state_of_something_else_is_not_taken(
+    tmp_path: Path, other: dict[str, Any], caplog: pytest.LogCaptureFixture
+):
     """Another image, guide, setting, version or device; and the reason is told."""
-    Checkpoints(tmp_path, every_s=0).of("run", whose()).offer(lambda: STATE)
-    run = Checkpoints(tmp_path).of("run", other)
+    Checkpoints(tmp_path, every_s=0).of("run", *SOURCE).offer(lambda: STATE)
+    asked = {"arrays": SOURCE[0], "settings": SOURCE[1], "version": "", **other}
+    run = Checkpoints(tmp_path, version=asked.pop("version")).of("run", **asked)
     assert run.load() is None
     assert "belongs to another" in run.ignored[0] and "belongs to another" in caplog.text
 
@@ -98,7 +99,7 @@ def test_a_state_of_something_else_is_not_taken(tmp_path: Path, other: str, capl
 @pytest.mark.parametrize("place", [0, 5, HEADER_BYTES + 3, -1])
 def test_a_damaged_file_is_not_taken(tmp_path: Path, place: int):
     """One byte anywhere, or the end missing: ignored, and the one before is taken if it was kept."""
-    run = Checkpoints(tmp_path, every_s=0, keep=2).of("run", whose())
+    run = Checkpoints(tmp_path, every_s=0, keep=2).of("run", *SOURCE)
     run.offer(lambda: {"step": 1})
     run.offer(lambda: {"step": 2})
     newest = sorted(tmp_path.iterdir())[-1]
@@ -107,7 +108,7 @@ def test_a_damaged_file_is_not_taken(tmp_path: Path, place: int):
     broken[place] ^= 0xFF
     for content in (bytes(broken), whole[:-100], whole[:100], b""):
         newest.write_bytes(content)
-        again = Checkpoints(tmp_path).of("run", whose())
+        again = Checkpoints(tmp_path).of("run", *SOURCE)
         assert again.load() == {"step": 1}
         assert "damaged" in again.ignored[0]
 
@@ -115,7 +116,7 @@ def test_a_damaged_file_is_not_taken(tmp_path: Path, place: int):
 def test_only_the_newest_are_kept_and_runs_do_not_meet(tmp_path: Path):
     """keep files a run; another run of the folder has its own; remove takes away one run's alone."""
     checkpoints = Checkpoints(tmp_path, every_s=0, keep=2)
-    one, two = checkpoints.of("member-1", whose()), checkpoints.of("member-10", whose())
+    one, two = checkpoints.of("member-1", *SOURCE), checkpoints.of("member-10", *SOURCE)
     for step in range(5):
         one.offer(partial(dict, step=step))
         two.offer(partial(dict, step=10 * step))
@@ -130,7 +131,7 @@ def test_a_folder_that_cannot_be_written_does_not_end_the_run(tmp_path: Path, ca
     blocked = tmp_path / "folder"
     blocked.write_text("")
     clock = Clock()
-    run = Checkpoints(blocked, every_s=10, clock=clock).of("run", whose())
+    run = Checkpoints(blocked, every_s=10, clock=clock).of("run", *SOURCE)
     clock.now = 11.0
     assert not run.offer(lambda: STATE) and "no checkpoint" in caplog.text
     caplog.clear()
@@ -140,7 +141,7 @@ def test_a_folder_that_cannot_be_written_does_not_end_the_run(tmp_path: Path, ca
 def test_what_a_crash_left_half_written_is_neither_read_nor_left(tmp_path: Path):
     """The file that was being written has another name until it is whole."""
     (tmp_path / ".run.tmp").write_bytes(b"half")
-    run = Checkpoints(tmp_path, every_s=0).of("run", whose())
+    run = Checkpoints(tmp_path, every_s=0).of("run", *SOURCE)
     assert run.load() is None and run.ignored == []
     run.offer(lambda: STATE)
     assert [path.name for path in tmp_path.iterdir()] == ["run.00000001.checkpoint"]
@@ -150,4 +151,4 @@ def test_what_a_crash_left_half_written_is_neither_read_nor_left(tmp_path: Path)
 def test_a_name_that_is_no_file_name_is_refused(tmp_path: Path, name: str):
     """Before anything is written outside the folder."""
     with pytest.raises(ValueError, match="name"):
-        Checkpoints(tmp_path).of(name, whose())
+        Checkpoints(tmp_path).of(name, *SOURCE)
