@@ -16,8 +16,8 @@ from typing import Any, Protocol
 from deconv.result import Cancelled, Deconvolution, OnStep, Progress
 from deconv.volume import Volume
 
-__all__ = ["Cancelled", "Deconvolution", "GUIDED", "METHODS", "Method", "OnStep", "PRESET_NAMES", "Progress", "Volume",
-           "method"]
+__all__ = ["Cancelled", "Deconvolution", "GUIDED", "METHODS", "Method", "OnStep", "PRESET_NAMES", "Progress",
+           "RESUMABLE", "Volume", "method"]
 
 #: method name -> "module" whose functions are the door, or "module:TABLE" with one door per name
 METHODS: Mapping[str, str] = {
@@ -39,6 +39,9 @@ PRESET_NAMES: Mapping[str, tuple[str, ...]] = {
 
 #: (method, preset) that look at a CT; no PET is made to wait for a CT that the others would not look at
 GUIDED: frozenset[tuple[str, str]] = frozenset({("nbd", "paper")})
+
+#: (method, preset) whose `deconvolve` takes `checkpoints` (deconv.checkpoint) and goes on where a killed run was
+RESUMABLE: frozenset[tuple[str, str]] = frozenset({("nbd", "paper")})
 
 
 class Method(Protocol):

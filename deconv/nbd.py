@@ -38,6 +38,7 @@ from numpy.typing import NDArray
 
 from deconv import preview
 from deconv.blind import fit
+from deconv.checkpoint import Checkpoints
 from deconv.finish import centred_pair, finished, normalised, plain
 from deconv.result import Deconvolution, OnStep
 from deconv.stages import PAPER, Phase, Settings, Stage
@@ -69,12 +70,18 @@ def settings(preset: str, **overrides: Any) -> AnySettings:
 
 def deconvolve(
     volume: Volume, settings: AnySettings, *, guide: Volume | None = None, device: str | torch.device = "cpu",
-    on_step: OnStep | None = None,
+    on_step: OnStep | None = None, checkpoints: Checkpoints | None = None,
 ) -> Deconvolution:
     """Deblur and double `volume`.
 
-    guide    CT (HU) in the same frame of reference; None: unguided. Only "paper" uses it, in its first 300 main steps.
-    on_step  called at every step on a CPU; what it raises (Cancelled) passes through.
+    guide        CT (HU) in the same frame of reference; None: unguided. Only "paper" uses it, in its first 300 main
+                 steps.
+    on_step      called at every step on a CPU; what it raises (Cancelled) passes through.
+    checkpoints  where the run is kept and taken up again, with the same bits at the end; its folder is the caller's to
+                 remove. "preview" takes minutes and keeps nothing. `deconv.RESUMABLE` tells who does.
+
+    A main stage in bfloat16 whose loss is not finite is run again in float32; the settings of the result then name it
+    ("precision_fallback").
 
     Raises ValueError for a volume without activity or too small, blind.Diverged where the loss is not finite.
     """
@@ -84,12 +91,14 @@ def deconvolve(
     y, top = normalised(volume)
     guided = guide is not None and any(phase.texture for stage in settings.stages for phase in stage.phases)
     texture = _texture(guide, volume) if guide is not None and guided else None
-    found = fit(y, settings, texture=texture, device=device, on_step=on_step)
+    found = fit(y, settings, texture=texture, device=device, on_step=on_step, checkpoints=checkpoints)
+    taken = {"guided": guided} | ({"precision_fallback": found.precision_fallback} if found.precision_fallback else {})
     x, k, offset = centred_pair(found.x, found.k)
     return finished(
-        volume, x, k, top, preset=settings.preset, settings={**plain(settings), "guided": guided},
+        volume, x, k, top, preset=settings.preset, settings={**plain(settings), **taken},
         losses=found.losses, seconds=time.perf_counter() - start,
-        metrics={"steps": float(found.steps), "kernel_offset_voxels": float(np.abs(offset).max())},
+        metrics={"steps": float(found.steps), "resumed_at_step": float(found.resumed_at),
+                 "kernel_offset_voxels": float(np.abs(offset).max())},
     )
 
 

@@ -200,6 +200,15 @@ class VectorAdam:
         s = (self.v / (1 - second**self.steps)).sqrt()
         self.a.sub_(self.lr * m * (self._f(s) + 1 / (s + self.eps)))
 
+    def state(self) -> dict[str, Any]:
+        """Moments, steps and rate."""
+        return {"m": self.m, "v": self.v, "steps": self.steps, "lr": self.lr}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over what `state` returned."""
+        self.m, self.v = state["m"].to(self.m), state["v"].to(self.v)
+        self.steps, self.lr = int(state["steps"]), float(state["lr"])
+
     def _f(self, s: Tensor) -> Tensor:
         """f(s) by cubic (Catmull-Rom) interpolation of log f over log s."""
         place = (s.double().clamp(1e-30, 1e10).log() - self._low) / (self._high - self._low) * (self._nodes - 1)
