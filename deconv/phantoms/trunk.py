@@ -97,7 +97,8 @@ def whole_body(
     core = Ellipsoid(whole.centre + 0.1 * whole.radii, 0.55 * whole.radii, turn=whole.turn)
     add(truth, step, Lesion("necrosis", core, NECROSIS_BQML))
     lesions.append(Lesion(name, Difference(whole, core), activity))
-    for one in (*balls, *lesions):
+    everything: list[Sphere | Lesion] = [*balls, *lesions]
+    for one in everything:
         add(truth, step, one)
     return assemble(truth, hu, scan, rng, spheres=balls, lesions=tuple(lesions), background=_ORGANS[0].activity,
                     name="whole body")

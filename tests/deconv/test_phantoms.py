@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from deconv import metrics
 from deconv.phantoms import PHANTOMS, Phantom, average_pool, head_and_neck, measure, psf_kernel, spheres, whole_body
+from deconv.phantoms.scanner import radial_blur_and_pool
+from deconv.phantoms.shapes import Capsule, Ellipsoid, Waves, box_of, supersampled
 
 SMALL = {"spheres": (16, 32, 32), "head-and-neck": (12, 20, 20), "whole-body": (32, 20, 20)}
 
@@ -168,3 +170,130 @@ def test_pooling_is_the_mean_of_eight() -> None:
     pooled = average_pool(fine)
     assert pooled.shape == (2, 3, 4)
     assert pooled[1, 2, 3] == fine[2:, 4:, 6:].mean()
+
+
+def test_whole_body_lesions_are_of_many_shapes_and_contrasts() -> None:
+    """Each lesion has a volume and a mean activity of its own, cold ones too; a ring leaves its core cold."""
+    phantom = whole_body((64, 28, 38), spacing=(10.0, 10.0, 10.0), fwhm_mm=12.0, seed=2)
+    assert len(phantom.lesions) == 12 and len({lesion.name for lesion in phantom.lesions}) == 12
+    truth = phantom.truth.array.astype(np.float64)
+    for lesion in phantom.lesions:
+        part = phantom.lesion_fraction(lesion)
+        assert part.sum() > 0 and part.max() <= 1
+        if part.max() == 1.0:
+            np.testing.assert_allclose(truth[part == 1.0], lesion.activity)
+    ring = phantom.lesions[-1]
+    inside = np.argwhere(phantom.lesion_fraction(ring) > 0)
+    core = truth[tuple(slice(a, b) for a, b in zip(inside.min(0), inside.max(0) + 1, strict=True))]
+    assert core.min() < 0.3 * ring.activity
+
+
+def test_rods_and_ellipsoids_have_the_volume_of_their_formula() -> None:
+    """4/3 pi abc for a turned ellipsoid; pi r² l + 4/3 pi r³ for a rod."""
+    turn, _ = np.linalg.qr(np.random.default_rng(0).standard_normal((3, 3)))
+    middle = np.full(3, 30.0)
+    ellipsoid = Ellipsoid(middle, np.array([12.0, 6.0, 8.0]), turn=turn)
+    half = np.array([5.0, 6.0, 0.0])
+    rod = Capsule(middle - half, middle + half, 4.0)
+    length = 2 * np.hypot(5.0, 6.0)
+    for shape, volume in ((ellipsoid, 4 / 3 * np.pi * 576), (rod, np.pi * 16 * length + 4 / 3 * np.pi * 64)):
+        _, part = supersampled(shape, (30, 30, 30), np.full(3, 2.0))
+        assert part.sum() * 8 == pytest.approx(volume, rel=0.01)
+
+
+def test_fast_rendering_of_organs_equals_point_by_point() -> None:
+    """Organs are looked into only where the surface may pass; the result is that of looking everywhere."""
+    outline = Ellipsoid(np.array([21.0, 19.0, 20.0]), np.array([14.0, 11.0, 9.0]),
+                        Waves.random(np.random.default_rng(3), 15.0), 0.12)
+    step = np.array([2.0, 1.5, 1.7])
+    box, slow = supersampled(outline, (24, 30, 26), step)
+    again, axes = box_of(outline, (24, 30, 26), step)
+    assert box == again
+    np.testing.assert_allclose(outline.fraction(axes, step), slow, atol=1 / 64 + 1e-9)
+
+
+@pytest.mark.parametrize("name", PHANTOMS)
+@pytest.mark.parametrize("options", [{}, {"skew": 0.4, "skew_axis": 0}])
+def test_a_psf_that_hardly_widens_is_the_plain_one(name: str, options: dict) -> None:
+    """Blur place by place gives what three passes along the axes give."""
+    plain, varying = (small(name, radial=radial, **options) for radial in (0.0, 1e-9))
+    scale = plain.measured.array.max()
+    np.testing.assert_allclose(varying.measured.array / scale, plain.measured.array / scale, atol=1e-4)
+
+
+def point_source(at: tuple[int, int], radial: float) -> np.ndarray:
+    """(32, 32) what a point at fine pixel `at` of a plane of 64 x 64, 1.5 mm each, becomes under 5 mm FWHM."""
+    truth = np.zeros((4, 64, 64))
+    truth[:, at[0], at[1]] = 1.0
+    return radial_blur_and_pool(truth, (5.0, 5.0, 5.0), (3.0, 3.0, 3.0), radial, np.ones(1))[0]
+
+
+def test_radial_psf_widens_along_the_radius_only() -> None:
+    """A point on a diagonal near the edge: variance along the radius (1 + radial r²)² times, across it unchanged."""
+    wide, plain = point_source((48, 48), 0.8), point_source((48, 48), 0.0)
+    i, j = np.indices(wide.shape)
+
+    def variances(image: np.ndarray) -> tuple[float, float]:
+        p = image / image.sum()
+        along, across = (i + j) / np.sqrt(2), (i - j) / np.sqrt(2)
+        return tuple(float((p * u**2).sum() - (p * u).sum() ** 2) for u in (along, across))
+
+    (along, across), (plain_along, plain_across) = variances(wide), variances(plain)
+    fraction = np.hypot(16.5, 16.5) / 32
+    sigma2 = (5.0 / 2.3548 / 3.0) ** 2
+    assert across == pytest.approx(plain_across, rel=0.01)
+    assert along - plain_along == pytest.approx(sigma2 * ((1 + 0.8 * fraction**2) ** 2 - 1), rel=0.02)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(st.sampled_from((0.3, 0.8)), st.integers(17, 46), st.integers(17, 46))
+def test_radial_psf_keeps_activity_and_place(radial: float, row: int, column: int) -> None:
+    """Sum and centre of mass of a point source stay, wherever it lies."""
+    image = point_source((row, column), radial)
+    assert 4 * image.sum() == pytest.approx(1.0, rel=1e-6)
+    i, j = np.indices(image.shape)
+    assert 2 * (image * i).sum() / image.sum() + 0.5 == pytest.approx(row, abs=0.02)
+    assert 2 * (image * j).sum() / image.sum() + 0.5 == pytest.approx(column, abs=0.02)
+
+
+def test_radial_psf_leaves_a_flat_image_flat() -> None:
+    """Activity comes in over the borders as it goes out, and places of unlike width hardly differ within one PSF."""
+    flat = radial_blur_and_pool(np.full((4, 64, 64), 5.0), (6.0,) * 3, (2.8, 2.73, 2.73), 0.4, np.ones(1))
+    np.testing.assert_allclose(flat, 5.0, rtol=0.1)
+    assert flat.mean() == pytest.approx(5.0, rel=0.02)
+
+
+def test_phantom_tells_the_range_of_its_psf() -> None:
+    """`fwhm_mm` and `psf` are of the centre; the range says how wide it is at the edge."""
+    phantom = spheres((16, 32, 32), fwhm_mm=(5.0, 6.0, 7.0), radial=0.5)
+    assert phantom.fwhm_range_mm == ((5.0, 6.0, 7.0), (5.0, 9.0, 10.5))
+    np.testing.assert_array_equal(phantom.psf, spheres((16, 32, 32), fwhm_mm=(5.0, 6.0, 7.0)).psf)
+
+
+@pytest.mark.parametrize("options", [{"radial": -0.1}, {"radial": 0.3, "skew": 0.4, "skew_axis": 2}])
+def test_a_radial_psf_that_means_nothing_is_refused(options: dict) -> None:
+    """Narrowing outwards, or skewed in the plane in which it widens."""
+    with pytest.raises(ValueError, match="radi"):
+        spheres((16, 32, 32), **options)
+
+
+@pytest.mark.parametrize("name", PHANTOMS)
+def test_phantoms_stand_on_any_voxels(name: str) -> None:
+    """Flat voxels of a whole-body scanner: same field of view, same spheres, same kinds of activity."""
+    spacing = (3.27, 5.47, 5.47)
+    phantom = PHANTOMS[name]((40, 24, 24), spacing=spacing, noise=0.1, seed=5)
+    np.testing.assert_allclose(phantom.truth.spacing, np.array(spacing) / 2)
+    assert phantom.truth.array.max() > 5 * phantom.background
+    assert phantom.measured.array.mean() == pytest.approx(phantom.truth.array.mean(), rel=0.05)
+
+
+def test_glands_without_heterogeneity_are_uniform() -> None:
+    """The knob does what it says: none, as made, and more."""
+    spread = []
+    for heterogeneity in (0.0, 1.0, 1.6):
+        truth = head_and_neck((24, 40, 40), heterogeneity=heterogeneity).truth.array
+        hot = truth[truth > 7_000]
+        spread.append(hot.std() / hot.mean())
+    assert spread[0] < spread[1] < spread[2]
+    with pytest.raises(ValueError, match="heterogeneity"):
+        head_and_neck((24, 40, 40), heterogeneity=-1.0)
