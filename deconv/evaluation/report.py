@@ -1,0 +1,150 @@
+"""What is told: Markdown for people, JSON for programs. `plots` adds the page of pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from deconv.evaluation.measures import HOT
+from deconv.evaluation.methods import VARIANTS
+from deconv.evaluation.rows import Row
+from deconv.evaluation.running import Evaluation
+from deconv.evaluation.summary import FIGURES, Promise, Spread, promises, spreads, summaries
+
+__all__ = ["markdown", "to_json", "write"]
+
+
+def to_json(evaluation: Evaluation) -> dict[str, Any]:
+    """Everything as JSON values: machine, rows, summary, seed spread, promises by method."""
+    spread_found = spreads(evaluation)
+    return {
+        "machine": dict(evaluation.machine),
+        "skipped": list(evaluation.skipped),
+        "rows": [asdict(row) for row in evaluation.rows],
+        "summary": [asdict(one) for one in summaries(evaluation.rows)],
+        "seed_spread": [asdict(one) for one in spread_found],
+        "promises": {method: [asdict(one) for one in promises(evaluation.rows, spread_found, method)]
+                     for method in _blind(evaluation.rows)},
+    }
+
+
+def markdown(evaluation: Evaluation) -> str:
+    """The report for people: summary, promises, then the figures of every case."""
+    spread_found = spreads(evaluation)
+    machine = evaluation.machine
+    lines = ["# Phantom benchmark", "",
+             f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads, {machine['device']}; "
+             f"Python {machine['python']}, torch {machine['torch']}. docs/evaluation.md defines every figure.", ""]
+    lines += [*(f"{line}." for line in evaluation.skipped), ""] if evaluation.skipped else []
+    for method in _blind(evaluation.rows):
+        lines += [f"## Promises: {method}", "", *_promise_table(promises(evaluation.rows, spread_found, method)), ""]
+    lines += ["## All cases", "", "Mean over cases and seeds / the worst.", "", *_summary_table(evaluation.rows), "",
+              "The worst NRMSE of every method:", "", *_worst_table(evaluation.rows), ""]
+    if spread_found:
+        lines += ["## Seed-to-seed spread", "", *_spread_table(spread_found), ""]
+    for label in dict.fromkeys(row.case_label for row in evaluation.rows):
+        lines += [f"## {label}", "", *_case_tables([row for row in evaluation.rows if row.case_label == label]), ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def write(evaluation: Evaluation, out: Path) -> None:
+    """report.md and report.json in `out`."""
+    (out / "report.md").write_text(markdown(evaluation), encoding="utf-8")
+    text = json.dumps(to_json(evaluation), indent=1, ensure_ascii=False) + "\n"
+    (out / "report.json").write_text(text, encoding="utf-8")
+
+
+def _blind(rows: Iterable[Row]) -> list[str]:
+    """Labels of the methods that find the kernel themselves and gave at least one result."""
+    return list(dict.fromkeys(row.method for row in rows if not row.failed and VARIANTS[row.variant].blind))
+
+
+def _table(header: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
+    return [_line(header), "|---" * len(header) + "|", *(_line(cells) for cells in body)]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _promise_table(found: Sequence[Promise]) -> list[str]:
+    body = []
+    for one in found:
+        reached = "not measured" if one.reached is None else "yes" if one.reached else "**no**"
+        measured = "-" if one.measured is None else f"{one.measured:.4g}"
+        body.append((one.text, one.target, measured, reached, one.where or "-"))
+    return _table(("promise", "target", "measured, worst", "reached", "where"), body)
+
+
+def _summary_table(rows: Sequence[Row]) -> list[str]:
+    found = {(one.method, one.figure): one for one in summaries(rows)}
+    body = []
+    for method in dict.fromkeys(row.method for row in rows if not row.failed):
+        cells = [method]
+        for figure in FIGURES:
+            one = found.get((method, figure.name))
+            cells.append("-" if one is None else f"{one.mean:{figure.format}} / {one.worst:{figure.format}}")
+        body.append(cells)
+    return _table(("method", *(figure.title for figure in FIGURES)), body)
+
+
+def _worst_table(rows: Sequence[Row]) -> list[str]:
+    return _table(("method", "NRMSE", "case"), [(one.method, f"{one.worst:.3f}", one.worst_case)
+                                                for one in summaries(rows) if one.figure == "nrmse"])
+
+
+def _spread_table(found: Sequence[Spread]) -> list[str]:
+    return _table(("case", "method", "seeds", "largest ‖a − b‖ / ‖truth‖"),
+                  [(one.case_label, one.method, " ".join(map(str, one.seeds)), f"{one.value:.4f}") for one in found])
+
+
+def _case_tables(rows: Sequence[Row]) -> list[str]:
+    body = []
+    for row in rows:
+        name = f"{row.method}, seed {row.seed}" if VARIANTS[row.variant].seeded else row.method
+        if row.failed:
+            body.append((name, f"failed: {row.failed}", *["-"] * 8))
+            continue
+        f = row.figures
+        body.append((
+            name, f"{f['nrmse']:.3f}", _number(f["kernel_inner_product"], ".3f"), _triple(f["fwhm_error_mm"]),
+            _number(f["centroid_voxels"], ".2f"), _number(f["background_cv"], ".3f"),
+            f"{f['overshoot']:+.2f} / {f['overshoot_local']:+.2f}", f"{100 * f['activity_change']:+.4f} %",
+            f"{row.cpu_seconds:.1f}", f"{row.peak_mb:.0f}"))
+    lines = _table(("method", "NRMSE", "kernel inner product", "FWHM error D H W mm", "centroid voxels",
+                    "background CV", "overshoot / local", "activity change", "CPU s", "peak MB"), body)
+    good = [row for row in rows if not row.failed]
+    for table in (_recovery_table(good), _uncertainty_table(good)):
+        lines += ["", *table] if table else []
+    return lines
+
+
+def _recovery_table(rows: Sequence[Row]) -> list[str]:
+    if not rows or not rows[0].figures["recovery"]:
+        return []
+    header = ("RC mean / median / max", *(f"{one['diameter_mm']:g} mm" for one in rows[0].figures["recovery"]))
+    return _table(header, [(row.method, *(f"{one['mean']:.2f} / {one['median']:.2f} / {one['max']:.2f}"
+                                          for one in row.figures["recovery"])) for row in rows])
+
+
+def _uncertainty_table(rows: Sequence[Row]) -> list[str]:
+    told = [row for row in rows if row.figures["uncertainty"] is not None]
+    if not told:
+        return []
+    names = [f"{what}_{where}" for where in ("all", "hot") for what in ("within_1_sd", "within_2_sd", "correlation")]
+    titles = [f"{what}, {where}" for where in ("all", f"hot (≥ {HOT:g} max)")
+              for what in ("within 1 sd", "within 2 sd", "correlation with |error|")]
+    return _table(("uncertainty", *titles), [
+        (f"{row.method}, seed {row.seed}", *(f"{row.figures['uncertainty'][name]:.2f}" for name in names))
+        for row in told])
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else f"{value:{form}}"
+
+
+def _triple(values: Sequence[float] | None) -> str:
+    return "-" if values is None else " ".join(f"{value:+.2f}" for value in values)
