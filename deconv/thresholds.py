@@ -24,8 +24,8 @@ from scipy import ndimage
 
 from deconv.phantoms import Phantom, Sphere, average_pool
 
-__all__ = ["CLINICAL", "PAPER_TABLE6", "SMALLEST_MM", "THRESHOLDS", "PaperRow", "Region", "Row", "at_threshold", "region",
-           "table6", "table6_of_many"]
+__all__ = ["CLINICAL", "PAPER_TABLE6", "SMALLEST_MM", "THRESHOLDS", "PaperRow", "Region", "Row", "at_threshold",
+           "region", "table6", "table6_of_many"]
 
 Array = NDArray[np.float64]
 Kind = Literal["fixed", "variable", "given"]
