@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -22,11 +22,13 @@ from numpy.typing import NDArray
 
 from deconv.finish import residual
 from deconv.interpolate import doubled, doubled_nearest
-from deconv.kernels import gaussian
+from deconv.kernels import skewed
 from deconv.metrics import activity_change, kernel_fwhm_mm
 from deconv.pooled import PooledBlur
+from deconv.region import check_spec, region
 from deconv.result import Deconvolution, OnStep, Progress
-from deconv.tv import tv_deconvolve, tv_weight
+from deconv.tiles import require_memory
+from deconv.tv import tv_tiled, tv_weight
 from deconv.volume import Volume
 
 __all__ = [
@@ -41,11 +43,13 @@ KernelTuple = tuple[tuple[tuple[float, ...], ...], ...]
 class _WithPsf:
     """The PSF: a Gaussian by its FWHM in mm (one number or three along D, H, W), or a kernel on the PET grid.
 
+    psf_skew      along (D, H, W), in (-1, 1): two half Gaussians instead of one Gaussian (kernels.split_normal).
     psf_kernel    nested sequences or an array (d, h, w), odd sizes; wins over psf_fwhm_mm; kept as nested tuples.
     """
 
     preset: str = ""
     psf_fwhm_mm: float | tuple[float, float, float] = 6.0
+    psf_skew: tuple[float, float, float] = (0.0, 0.0, 0.0)
     psf_kernel: KernelTuple | None = None
 
     def __post_init__(self) -> None:
@@ -54,6 +58,9 @@ class _WithPsf:
             raise ValueError(f"psf_fwhm_mm must be one or three positive numbers, got {self.psf_fwhm_mm}")
         as_given = float(widths[0]) if np.ndim(self.psf_fwhm_mm) == 0 else tuple(widths.tolist())
         object.__setattr__(self, "psf_fwhm_mm", as_given)
+        object.__setattr__(self, "psf_skew", tuple(float(k) for k in self.psf_skew))
+        if len(self.psf_skew) != 3 or max(map(abs, self.psf_skew)) >= 1:
+            raise ValueError(f"psf_skew must be three numbers between -1 and 1, got {self.psf_skew}")
         if self.psf_kernel is not None:
             kernel = np.asarray(self.psf_kernel, dtype=np.float64)
             if kernel.ndim != 3 or any(n % 2 == 0 for n in kernel.shape) or not kernel.sum() > 0 or kernel.min() < 0:
@@ -66,7 +73,15 @@ class _WithPsf:
         if self.psf_kernel is not None:
             kernel = (np.array(self.psf_kernel) / np.sum(self.psf_kernel)).astype(np.float32)
             return kernel, kernel, "pet"
-        return gaussian(self.psf_fwhm_mm, spacing), gaussian(self.psf_fwhm_mm, spacing / 2), "fine"
+        pet, fine = (skewed(self.psf_fwhm_mm, self.psf_skew, grid) for grid in (spacing, spacing / 2))
+        return pet, fine, "fine"
+
+    def figures(self) -> dict[str, float]:
+        """What the PSF was taken to be: psf_fwhm_{d,h,w}_mm on the fine grid; empty for a kernel of any shape."""
+        if self.psf_kernel is not None:
+            return {}
+        widths = np.broadcast_to(np.asarray(self.psf_fwhm_mm, dtype=np.float64), 3).tolist()
+        return {f"psf_fwhm_{axis}_mm": width for axis, width in zip("dhw", widths, strict=True)}
 
 
 @dataclass(frozen=True)
@@ -84,16 +99,20 @@ class RichardsonLucySettings(_WithPsf):
 class TVSettings(_WithPsf):
     """weight: of TV, for an image whose maximum is 1; None: from the image's noise (tv.tv_weight).
 
-    slab: solve that many slices at a time, which bounds the memory; None: all at once (about 120 bytes a fine voxel).
+    memory_gb: what source, output and tiles may take together; decides the tile. region: what is deblurred, see
+    deconv/region.py; outside it the source is interpolated.
     """
 
     iterations: int = 40
     weight: float | None = None
-    slab: int | None = None
+    memory_gb: float = 4.0
+    region: str = "whole"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _at_least_one(self.iterations)
+        require_memory(self.memory_gb)
+        check_spec(self.region)
         if self.weight is not None and not self.weight > 0:
             raise ValueError(f"weight must be positive, got {self.weight}")
 
@@ -154,7 +173,7 @@ class ClassicMethod:
         spacing = volume.spacing.tolist()
         metrics = {"activity_change": activity_change(image.array, volume.array), **outcome.metrics}
         if outcome.kernel is not None:
-            left = residual(volume, image, outcome.kernel)
+            left = residual(volume, image, outcome.kernel)[outcome.judged]
             metrics["residual"] = float(np.sqrt(np.mean(np.square(left, dtype=np.float64))) / volume.array.max())
             for axis, width in zip("dhw", kernel_fwhm_mm(outcome.kernel, spacing), strict=True):
                 metrics[f"kernel_fwhm_{axis}_mm"] = width
@@ -165,7 +184,7 @@ class ClassicMethod:
             kernel_spacing=(spacing[0], spacing[1], spacing[2]),
             method=self.name,
             preset=settings.preset,
-            settings=asdict(settings),
+            settings={**asdict(settings), **outcome.settings},
             losses=outcome.losses,
             metrics=metrics,
         )
@@ -177,6 +196,8 @@ class _Outcome:
     kernel: NDArray[np.float32] | None
     losses: Mapping[str, NDArray[np.float32]]
     metrics: Mapping[str, float]
+    settings: Mapping[str, Any] = field(default_factory=dict)  # found on the way, and with an influence on the image
+    judged: tuple[slice, slice, slice] = (slice(None), slice(None), slice(None))
 
 
 def richardson_lucy(
@@ -207,20 +228,26 @@ def _run_richardson_lucy(
     losses: list[float] = []
     x = richardson_lucy(y, model, settings.iterations, _keeping(losses, on_step))
     image, scale = _same_total(x.cpu().numpy(), volume.array)
-    return _Outcome(image, pet, {"richardson-lucy": np.array(losses, np.float32)}, {"activity_scale": scale})
+    return _Outcome(image, pet, {"richardson-lucy": np.array(losses, np.float32)},
+                    {"activity_scale": scale, **settings.figures()})
 
 
 def _run_tv(volume: Volume, settings: TVSettings, device: torch.device, on_step: OnStep | None) -> _Outcome:
     pet, kernel, grid = settings.on_grids(volume.spacing)
-    y = torch.from_numpy(np.array(volume.array)).to(device)
-    weight = tv_weight(volume.array) if settings.weight is None else settings.weight
+    found = region(volume, settings.region)
+    inner = found.cropped(volume)
+    weight = tv_weight(inner.array) if settings.weight is None else settings.weight
     losses: list[float] = []
-    x = tv_deconvolve(
-        y, kernel, kernel_grid=grid, lam=weight, iterations=settings.iterations, spacing=volume.spacing.tolist(),
-        slab=settings.slab, on_step=_keeping(losses, on_step),
+    tiled = tv_tiled(
+        torch.from_numpy(np.array(inner.array)).to(device), kernel, memory_bytes=settings.memory_gb * 1e9,
+        kernel_grid=grid, lam=weight, iterations=settings.iterations, spacing=volume.spacing.tolist(),
+        on_step=_keeping(losses, on_step),
     )
-    image, scale = _same_total(x.cpu().numpy(), volume.array)
-    return _Outcome(image, pet, {"tv": np.array(losses, np.float32)}, {"activity_scale": scale, "tv_weight": weight})
+    image, scale = (_same_total(tiled.image, volume.array) if found.is_whole else
+                    found.paste(tiled.image, volume.array))
+    return _Outcome(image, pet, {"tv": np.array(losses, np.float32)},
+                    {"activity_scale": scale, "tv_weight": weight, "tiles": float(tiled.count), **settings.figures()},
+                    {"region_box": found.text, "tile": list(tiled.tile)}, found.core)
 
 
 def _run_cubic(volume: Volume, settings: CubicSettings, device: torch.device, on_step: OnStep | None) -> _Outcome:

@@ -14,6 +14,7 @@ from scipy import ndimage
 from deconv.kernels import centroid_voxels, recentred
 from deconv.metrics import kernel_fwhm_mm
 from deconv.operators import blur
+from deconv.region import Region
 from deconv.result import Deconvolution
 from deconv.volume import Volume
 
@@ -63,22 +64,29 @@ def centred_pair(
 def finished(
     volume: Volume, x: NDArray[np.float32], k: NDArray[np.float32], top: float, *, preset: str,
     settings: Mapping[str, Any], losses: Mapping[str, NDArray[np.float32]], seconds: float,
-    metrics: Mapping[str, float] | None = None,
+    metrics: Mapping[str, float] | None = None, region: Region | None = None,
 ) -> Deconvolution:
     """The result for x (2D, 2H, 2W, in units of `top`) and a kernel on the PET grid.
 
     x is scaled by one factor so that its total activity is the source's; the factor is in the metrics
     ("activity_scale") and a gate watches it, so that the scaling cannot hide a bad solution.
+
+    region  x is the solution for its crop and is pasted into the upsampled source; None: x is the whole image.
     """
     before = float(volume.array.sum(dtype=np.float64))
-    after = float(x.sum(dtype=np.float64)) * top / 8.0
-    scale = before / after if before > 0 and after > 0 else 1.0
-    image = volume.doubled((x.astype(np.float64) * (scale * top)).astype(np.float32))
+    if region is None or region.is_whole:
+        after = float(x.sum(dtype=np.float64)) * top / 8.0
+        scale = before / after if before > 0 and after > 0 else 1.0
+        image = volume.doubled((x.astype(np.float64) * (scale * top)).astype(np.float32))
+    else:
+        pasted, scale = region.paste(x * np.float32(top), volume.array)
+        image = volume.doubled(pasted)
     widths = kernel_fwhm_mm(k, tuple(float(s) for s in volume.spacing))
+    core = (slice(None),) * 3 if region is None else region.core
     measured = {
         "activity_scale": scale,
         "activity_change": float(image.array.sum(dtype=np.float64)) / 8.0 / before - 1.0 if before > 0 else 0.0,
-        "residual": float(np.sqrt(np.mean(residual(volume, image, k) ** 2)) / top),
+        "residual": float(np.sqrt(np.mean(residual(volume, image, k)[core] ** 2)) / top),
         "kernel_max": float(k.max()),
         "kernel_fwhm_d_mm": widths[0], "kernel_fwhm_h_mm": widths[1], "kernel_fwhm_w_mm": widths[2],
         "seconds": seconds,

@@ -13,7 +13,8 @@
 3. Networks: Gx learns to reproduce x_w, Gk to yield w; then both are fitted to the region together, as in the paper,
    with fidelity, TV and the prior around w. Gk has three outputs, the logarithms of the widths, bounded: this kernel is
    smooth and centred and cannot collapse to a delta.
-4. The whole volume is deconvolved with k_w by TV, in slabs that share the kernel; borders are replicated, x ≥ 0.
+4. The whole volume, or the region asked for, is deconvolved with k_w by TV, in tiles that share the kernel; borders are
+   replicated, x ≥ 0.
 
 It is a preview: a Gaussian kernel, few steps. "paper" runs the published schedule.
 """
@@ -37,8 +38,10 @@ from deconv.kernels import FWHM_PER_SIGMA, gaussian
 from deconv.losses import relative_squares
 from deconv.networks import Gx, draw
 from deconv.operators import blur, downsample, total_variation
+from deconv.region import check_spec, region
 from deconv.result import Deconvolution, OnStep, Progress
-from deconv.tv import tv_deconvolve
+from deconv.tiles import require_memory
+from deconv.tv import tv_deconvolve, tv_tiled
 from deconv.volume import Volume
 
 __all__ = [
@@ -62,7 +65,8 @@ class Settings:
     reproduce_steps   in which Gx and Gk learn the start;   network_steps  in which both are fitted together.
     tv_weight         of TV in every deconvolution, for an image whose maximum is 1.
     iterations        of TV deconvolution for the whole volume.
-    slab_voxels       PET voxels a slab holds at most: bounds the memory.
+    memory_gb         what source, output and tiles may take together; decides the tile.
+    region            what is deblurred, see deconv/region.py; outside it the source is interpolated.
     """
 
     preset: str
@@ -80,7 +84,8 @@ class Settings:
     output_scale: float = 1.5
     tv_weight: float = 2e-3
     iterations: int = 20
-    slab_voxels: int = 1_600_000
+    memory_gb: float = 2.0
+    region: str = "whole"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -89,9 +94,11 @@ class Settings:
         low, high = self.fwhm_bounds_mm
         if not 0 < low < self.fwhm_prior_mm < high:
             raise ValueError(f"the prior of {self.fwhm_prior_mm} mm must lie between its bounds {low} and {high} mm")
-        counts = (self.profile_iterations, self.iterations, self.slab_voxels, *self.region_voxels, *self.network_voxels)
+        counts = (self.profile_iterations, self.iterations, *self.region_voxels, *self.network_voxels)
         if min(counts) < 1 or self.profile_widths < 3 or min(self.reproduce_steps, self.network_steps) < 0:
             raise ValueError("counts must be positive, profile_widths at least 3")
+        require_memory(self.memory_gb)
+        check_spec(self.region)
 
 
 PREVIEW = Settings(preset="preview")
@@ -185,6 +192,16 @@ class _Counter:
         if self.on_step:
             self.on_step(Progress(stage, min(self.done, self.steps), self.steps, loss))
 
+    def last(self, steps: int, stage: str) -> OnStep:
+        """For a last stage of `steps`, by the share of it that is done, however many tiles it is worked off in."""
+        before = self.done
+
+        def report(progress: Progress) -> None:
+            self.done = max(self.done, before + steps * progress.step // progress.steps) - 1
+            self(stage, progress.loss)
+
+        return report
+
 
 def deconvolve(
     volume: Volume, settings: Settings, *, device: str | torch.device = "cpu", on_step: OnStep | None = None
@@ -194,37 +211,36 @@ def deconvolve(
     Raises ValueError for a volume without activity, without edges, or too small.
     """
     start = time.perf_counter()
-    check_shape(volume.shape)
-    y, top = normalised(volume)
+    found = region(volume, settings.region)
+    inner = found.cropped(volume)
+    check_shape(inner.shape)
+    y, top = normalised(inner)
     if y.min() == y.max():
         raise ValueError("the volume is the same everywhere: it has no edge that could tell how wide its blur is")
     spacing = volume.spacing
-    slab = _slab(y.shape, settings)
-    pieces = 1 if slab is None else -(-y.shape[0] // slab) + 1
     count = _Counter(
-        settings.profile_widths + settings.reproduce_steps + settings.network_steps + settings.iterations * pieces,
-        on_step,
+        settings.profile_widths + settings.reproduce_steps + settings.network_steps + settings.iterations, on_step
     )
     box = y[informative_region(y, spacing, settings.region_voxels)]
-    region = torch.from_numpy(box / box.max()).to(device)
-    profiled, at_bound = _profiled(region, spacing, settings, count)
+    profiled, at_bound = _profiled(torch.from_numpy(box / box.max()).to(device), spacing, settings, count)
     widths = np.full(3, profiled)
     losses: dict[str, NDArray[np.float32]] = {}
     if settings.network_steps:
         part = torch.from_numpy(box[informative_region(box, spacing, settings.network_voxels)]).to(device)
         widths, losses = _Networks(part / part.max(), spacing, widths, settings, count).fitted()
-    kernel_fine = gaussian(widths, spacing / 2)
-    x = tv_deconvolve(
-        torch.from_numpy(y).to(device), kernel_fine, kernel_grid="fine", lam=settings.tv_weight,
-        iterations=settings.iterations, spacing=tuple(spacing), slab=slab,
-        on_step=lambda p: count("whole volume", p.loss),
-    ).cpu().numpy()
+    tiled = tv_tiled(
+        torch.from_numpy(y).to(device), gaussian(widths, spacing / 2), kernel_grid="fine", lam=settings.tv_weight,
+        memory_bytes=settings.memory_gb * 1e9, iterations=settings.iterations, spacing=tuple(spacing),
+        on_step=count.last(settings.iterations, "whole volume"),
+    )
     metrics = {"kernel_at_prior_bound": float(at_bound), "profile_fwhm_mm": profiled}
     for axis, name in enumerate("dhw"):
-        metrics[f"kernel_fwhm_{name}_mm"] = float(widths[axis])
+        metrics[f"kernel_fwhm_{name}_mm"] = metrics[f"psf_fwhm_{name}_mm"] = float(widths[axis])
     return finished(
-        volume, x, kernel_on_pet_grid(widths, spacing), top, preset=settings.preset, settings=plain(settings),
-        losses=losses, seconds=time.perf_counter() - start, metrics=metrics,
+        volume, tiled.image, kernel_on_pet_grid(widths, spacing), top, preset=settings.preset,
+        settings={**plain(settings), "region_box": found.text, "tile": list(tiled.tile)},
+        losses=losses, seconds=time.perf_counter() - start, metrics={**metrics, "tiles": float(tiled.count)},
+        region=found,
     )
 
 
@@ -236,11 +252,6 @@ def kernel_on_pet_grid(widths: Float3, spacing: Float3) -> NDArray[np.float32]:
     """
     narrower = widths**2 - 0.5 * FWHM_PER_SIGMA**2 * spacing**2 / 12.0
     return gaussian(np.sqrt(np.maximum(narrower, (0.5 * widths) ** 2)), spacing)
-
-
-def _slab(shape: tuple[int, ...], settings: Settings) -> int | None:
-    slices = max(32, settings.slab_voxels // (shape[1] * shape[2]))
-    return slices if slices < shape[0] else None
 
 
 def _profiled(region: Tensor, spacing: Float3, settings: Settings, count: _Counter) -> tuple[float, bool]:

@@ -32,6 +32,8 @@ MARGIN_MM = 2 * KERNEL_MM  # of a body box around the body
 CONTEXT_MM = 4 * KERNEL_MM  # beyond a region that the solver sees and that is thrown away
 FADE_MM = 2 * KERNEL_MM
 
+REACH = 2  # PET voxels of a kernel's reach that matter to what is measured beside the fade
+
 BODY_SHARE = 0.1  # of the activity of tissue: above it a voxel belongs to the body
 NOISE_SHARE = 0.02  # of the activity of tissue: below it is scatter and noise
 HELD_ABOVE_NOISE = 0.999
@@ -80,6 +82,16 @@ class Region:
     def text(self) -> str:
         """The box as a specification that gives this region again: "box:d0-d1,h0-h1,w0-w1"."""
         return "box:" + ",".join(f"{s.start}-{s.stop}" for s in self.inside)
+
+    @property
+    def core(self) -> Box:
+        """The part of `inside` that is deblurred alone and sees nothing else through a kernel: what is measured."""
+        limits = []
+        for inside, fade, n in zip(self.inside, self.fade, self.shape, strict=True):
+            start = inside.start + (0 if inside.start == 0 else fade + REACH)
+            stop = inside.stop - (0 if inside.stop == n else fade + REACH)
+            limits.append((start, stop) if start < stop else (inside.start, inside.stop))
+        return _box(limits)
 
     def cropped(self, volume: Volume) -> Volume:
         """The part of `volume` that the solver is given, at its place in the patient."""

@@ -9,6 +9,7 @@ import numpy as np
 from deconv.finish import residual
 from deconv.kernels import gaussian
 from deconv.metrics import kernel_centroid, kernel_fwhm_mm
+from deconv.region import region
 from deconv.result import Deconvolution
 from deconv.volume import Volume
 
@@ -48,7 +49,8 @@ def gates(volume: Volume, result: Deconvolution) -> tuple[Gate, ...]:
     kernel-centroid voxels from the centre, largest axis; kernel-maximum; kernel-width mm, widest axis; activity,
     relative change of the total; activity-scale, by how far the solver's total was off before it was corrected;
     slice-activity, largest relative change of a slice's activity after blurring again; residual, RMS over the source's
-    maximum; maximum, over the source's. Methods without a kernel are not asked for one.
+    maximum; maximum, over the source's. Methods without a kernel are not asked for one. Where only a region was
+    deblurred (settings "region_box"), blurred slices and residual are judged in its core.
     Raises ValueError where the result does not lie on the doubled grid of the volume.
     """
     if not result.image.same_grid(volume.doubled(result.image.array)):
@@ -62,12 +64,13 @@ def gates(volume: Volume, result: Deconvolution) -> tuple[Gate, ...]:
         _gate("maximum", float(result.image.array.max()) / top if top > 0 else float("inf"), MAXIMUM),
     ]
     if result.kernel is not None:
-        off = residual(volume, result.image, result.kernel)
+        core = _judged(volume, result)
+        off = residual(volume, result.image, result.kernel)[core]
         found += [
             _gate("kernel-centroid", float(np.abs(kernel_centroid(result.kernel)).max()), CENTROID_VOXELS),
             _gate("kernel-maximum", float(result.kernel.max()), _kernel_limit(result)),
             _gate("kernel-width", max(kernel_fwhm_mm(result.kernel, result.kernel_spacing)), _width_limit(result)),
-            _gate("slice-activity", _slice_change(volume.array, off), SLICE_ACTIVITY),
+            _gate("slice-activity", _slice_change(volume.array[core], off), SLICE_ACTIVITY),
             _gate("residual", float(np.sqrt(np.mean(off.astype(np.float64) ** 2))) / top, RESIDUAL),
         ]
     return tuple(found)
@@ -80,6 +83,12 @@ def require(volume: Volume, result: Deconvolution) -> tuple[Gate, ...]:
     if shut:
         raise UnsafeResult("; ".join(shut))
     return found
+
+
+def _judged(volume: Volume, result: Deconvolution) -> tuple[slice, slice, slice]:
+    """The voxels whose blurred image must be the source: where only a region was deblurred, its core."""
+    spec = result.settings.get("region_box")
+    return region(volume, str(spec) if spec else "whole").core
 
 
 def _gate(name: str, measured: float, limit: float) -> Gate:

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from deconv.pooled import smooth_length
 
 __all__ = ["OutOfMemory", "Tile", "Tiled", "axis_faces", "axis_starts", "axis_weights", "is_out_of_memory", "plan",
-           "smaller", "solve_in_tiles"]
+           "require_memory", "smaller", "solve_in_tiles"]
 
 Triple = tuple[int, int, int]
 Box = tuple[slice, slice, slice]
@@ -184,6 +184,12 @@ def plan(
             "allowed; allow more memory or choose a smaller region"
         )
     return _triple(min(fitting, key=work))
+
+
+def require_memory(memory_gb: float) -> None:
+    """Raises ValueError for a memory budget that is none."""
+    if not 0 < memory_gb < float("inf"):
+        raise ValueError(f"memory_gb must be a positive number of gigabytes, got {memory_gb}")
 
 
 def axis_starts(length: int, tile: int, overlap: int) -> list[int]:

@@ -19,7 +19,8 @@ where c, a spectrum of the PET grid, is repeated over the fine grid (the matrix 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from functools import partial
+from math import prod
 
 import numpy as np
 import torch
@@ -28,11 +29,14 @@ from scipy import ndimage
 
 from deconv.pooled import PooledBlur, Triple, fold, unfold_times
 from deconv.result import OnStep, Progress
+from deconv.tiles import FADE, Tile, Tiled, plan, solve_in_tiles
 
-__all__ = ["noise_detail", "tv_deconvolve", "tv_weight"]
+__all__ = ["BYTES_PER_VOXEL", "noise_detail", "tv_deconvolve", "tv_tiled", "tv_weight"]
 
-
-_FADE = 4  # PET slices over which two slabs pass into each other
+#: memory of the solver for each PET voxel of its padded grid, measured; the model in docs/method.md
+BYTES_PER_VOXEL = 480.0
+#: what is held for each PET voxel of the volume besides: the source and the float32 output
+HELD_PER_VOXEL = 4.0 + 32.0
 
 
 def noise_detail(y: NDArray[np.floating]) -> float:
@@ -68,10 +72,9 @@ def tv_deconvolve(
     lam: float | None = None,
     iterations: int = 40,
     spacing: Sequence[float] = (1.0, 1.0, 1.0),
-    slab: int | None = None,
     on_step: OnStep | None = None,
 ) -> torch.Tensor:
-    """(D, H, W) -> (2D, 2H, 2W) float32 on y's device: the non-negative minimiser described above.
+    """(D, H, W) -> (2D, 2H, 2W) float32 on y's device: the non-negative minimiser described above, all at once.
 
     Total activity is y's but for what borders and the positivity make of it: within 0.1 % on phantoms whose organs are
     cut by the field of view, 0.01 % else. `deconv.classic` scales that away and reports the factor.
@@ -81,12 +84,70 @@ def tv_deconvolve(
     lam          weight of TV for an image whose maximum is 1 (y is divided by its maximum inside); None: `tv_weight`.
     iterations   40 reach the minimum to within 1 % in NRMSE against the truth; 20 serve a first look.
     spacing      of y along its axes, in any unit: TV measures slopes in space, not from voxel to voxel.
-    slab         solve slabs of that many slices with an overlap, cross-faded: bounds the memory. None: all at once.
     on_step      called after every iteration with stage "tv"; what it raises passes.
 
     Raises ValueError for a volume that is not three-dimensional, not finite, or nowhere positive, and for
-    lam, iterations or a slab that make no sense.
+    lam or iterations that make no sense.
     """
+    peak, lam = _checked(y, lam, iterations)
+    model = PooledBlur(y.shape, _as_array(kernel), kernel_grid=kernel_grid, device=y.device)
+    report = partial(_report, on_step, 0, iterations)
+    return _solve(model, y.float() / peak, lam, iterations, spacing, report).mul_(peak)
+
+
+def tv_tiled(
+    y: torch.Tensor,
+    kernel: NDArray[np.floating] | torch.Tensor,
+    *,
+    memory_bytes: float | None = None,
+    tile: Sequence[int] | None = None,
+    kernel_grid: str = "pet",
+    lam: float | None = None,
+    iterations: int = 40,
+    spacing: Sequence[float] = (1.0, 1.0, 1.0),
+    on_step: OnStep | None = None,
+) -> Tiled:
+    """`tv_deconvolve` of a volume of any size, in tiles of one weight, maximum and kernel; see deconv/tiles.py.
+
+    tile          PET voxels of a tile; None: the cheapest that `memory_bytes` (source and output included) allow.
+    memory_bytes  None: one tile. Where memory runs out all the same, tiles become smaller and the result says so.
+
+    Raises ValueError as `tv_deconvolve` does and where not even the smallest tile fits; tiles.OutOfMemory.
+    """
+    peak, lam = _checked(y, lam, iterations)
+    k = _as_array(kernel)
+    scale = 2 if kernel_grid == "fine" else 1
+    overlap = [2 * _margin(k, axis, scale) + FADE for axis in range(3)]
+    if tile is None:
+        tile = y.shape if memory_bytes is None else tv_tile(y.shape, memory_bytes, k.shape, overlap, scale)
+    model: list[PooledBlur] = []  # tiles are of one shape, so one model serves them all
+    present = [Tile(0, 1, (slice(None),) * 3, 0)]
+
+    def solve(part: torch.Tensor | NDArray[np.floating]) -> torch.Tensor:
+        assert isinstance(part, torch.Tensor)
+        if not model or model[0].shape != tuple(part.shape):
+            model[:] = []
+            model.append(PooledBlur(part.shape, k, kernel_grid=kernel_grid, device=part.device))
+        report = partial(_report, on_step, present[0].number * iterations, present[0].count * iterations)
+        return _solve(model[0], part.float() / peak, lam, iterations, spacing, report).mul_(peak)
+
+    def remember(coming: Tile) -> None:
+        present[0] = coming
+
+    return solve_in_tiles(y, solve, tile=tile, overlap=overlap, on_tile=remember)
+
+
+def tv_tile(
+    shape: Sequence[int], memory_bytes: float, kernel_shape: Sequence[int], overlap: Sequence[int], scale: int
+) -> Triple:
+    """The tile for a memory: BYTES_PER_VOXEL of the padded grid that `PooledBlur` makes, source and output held."""
+    padding = [max(2 * (n // 2 // scale + 1), 2) for n in kernel_shape]
+    held = HELD_PER_VOXEL * prod(shape)
+    return plan(shape, memory_bytes, BYTES_PER_VOXEL, overlap, fixed_bytes=held, padding=padding)
+
+
+def _checked(y: torch.Tensor, lam: float | None, iterations: int) -> tuple[float, float]:
+    """The maximum of y and the weight. Raises ValueError for what no solver can work on."""
     if y.ndim != 3:
         raise ValueError(f"y must be (D, H, W), got shape {tuple(y.shape)}")
     peak = float(y.max())
@@ -97,17 +158,11 @@ def tv_deconvolve(
     lam = tv_weight(y.detach().cpu().numpy()) if lam is None else lam
     if lam <= 0 or iterations < 1:
         raise ValueError(f"lam and iterations must be positive, got {lam} and {iterations}")
-    k = np.asarray(kernel.detach().cpu() if isinstance(kernel, torch.Tensor) else kernel, dtype=np.float64)
-    margin = _margin(k, 2 if kernel_grid == "fine" else 1)
-    pieces = _slabs(y.shape[0], slab, 2 * margin + _FADE)
-    out: torch.Tensor | None = None
-    for number, (start, stop) in enumerate(pieces):
-        report = _reporter(on_step, number, len(pieces), iterations)
-        model = PooledBlur((stop - start, *y.shape[1:]), k, kernel_grid=kernel_grid, device=y.device)
-        x = _solve(model, y[start:stop].float() / peak, lam, iterations, spacing, report)
-        out = x if out is None else _joined(out, x, start, margin)
-    assert out is not None  # there is at least one piece
-    return out.mul_(peak)
+    return peak, lam
+
+
+def _as_array(kernel: NDArray[np.floating] | torch.Tensor) -> NDArray[np.float64]:
+    return np.asarray(kernel.detach().cpu() if isinstance(kernel, torch.Tensor) else kernel, dtype=np.float64)
 
 
 def _solve(
@@ -175,36 +230,14 @@ def _inverse_diagonal(
     return total.reciprocal_()
 
 
-def _margin(kernel: NDArray[np.float64], voxels_per_slice: int) -> int:
-    """PET slices next to a cut that are thrown away: twice the reach of 95 % of the kernel, and some for TV."""
-    profile = kernel.sum(axis=(1, 2)) / kernel.sum()
+def _margin(kernel: NDArray[np.float64], axis: int, scale: int) -> int:
+    """PET voxels next to a cut that are thrown away: twice the reach of 95 % of the kernel, and some for TV."""
+    profile = kernel.sum(axis=tuple(a for a in range(3) if a != axis)) / kernel.sum()
     middle = len(profile) // 2
     reach = next(r for r in range(middle + 1) if r == middle or profile[middle - r : middle + r + 1].sum() >= 0.95)
-    return min(2 * -(-reach // voxels_per_slice) + 4, 12)
+    return min(2 * -(-reach // scale) + 4, 12)
 
 
-def _slabs(slices: int, slab: int | None, overlap: int) -> list[tuple[int, int]]:
-    """[start, stop) of slabs of at most `slab` slices that share `overlap` slices with their neighbours."""
-    if slab is None or slices <= slab:
-        return [(0, slices)]
-    if slab <= overlap:
-        raise ValueError(f"slab of {slab} slices is not longer than the overlap of {overlap}; take a longer one")
-    count = -(-(slices - overlap) // (slab - overlap))
-    edges = [round(i * (slices - overlap) / count) for i in range(count + 1)]
-    return [(a, b + overlap) for a, b in pairwise(edges)]
-
-
-def _joined(done: torch.Tensor, piece: torch.Tensor, start: int, margin: int) -> torch.Tensor:
-    """Append `piece`, which begins at PET slice `start`: cross-faded in the middle of what both hold."""
-    cut = 2 * (start + margin)
-    fade = ((torch.arange(2 * _FADE, device=piece.device) + 0.5) / (2 * _FADE)).reshape(-1, 1, 1)
-    new = piece[2 * margin :]
-    blend = done[cut : cut + 2 * _FADE] * (1 - fade) + new[: 2 * _FADE] * fade
-    return torch.cat([done[:cut], blend, new[2 * _FADE :]])
-
-
-def _reporter(on_step: OnStep | None, number: int, pieces: int, iterations: int) -> Callable[[int, float], None]:
-    def report(step: int, change: float) -> None:
-        if on_step is not None:
-            on_step(Progress("tv", number * iterations + step, pieces * iterations, change))
-    return report
+def _report(on_step: OnStep | None, done: int, steps: int, step: int, change: float) -> None:
+    if on_step is not None:
+        on_step(Progress("tv", done + step, steps, change))

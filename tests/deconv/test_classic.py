@@ -17,7 +17,7 @@ from deconv.interpolate import doubled, doubled_nearest
 from deconv.phantoms import Phantom, average_pool, head_and_neck, psf_kernel, spheres
 from deconv.pooled import PooledBlur, fold, smooth_length, unfold
 from deconv.result import Cancelled, Progress
-from deconv.tv import noise_detail, tv_deconvolve, tv_weight
+from deconv.tv import noise_detail, tv_deconvolve, tv_tiled, tv_weight
 from deconv.volume import Volume
 
 SHAPES = st.tuples(st.integers(2, 7), st.integers(2, 7), st.integers(2, 7))
@@ -250,18 +250,21 @@ def test_unknown_presets_settings_and_volumes_are_refused(phantom: Phantom) -> N
 
 # --- TV solver
 
-def test_slabs_join_without_a_seam() -> None:
+def test_tiles_join_without_a_seam() -> None:
     """Cut right through the spheres, the image is the whole solution within 1 % of its maximum, NRMSE 0.3 %."""
-    tall = spheres((48, 24, 24), spacing=(2.8, 3.5, 3.5), seed=3)
+    tall = spheres((48, 40, 24), spacing=(2.8, 3.5, 3.5), seed=3)
     y = torch.from_numpy(np.array(tall.measured.array))
     kernel = psf_kernel(6.0, tall.truth.spacing, size=13)
     whole = tv_deconvolve(y, kernel, kernel_grid="fine", lam=1e-3)
-    slabs = tv_deconvolve(y, kernel, kernel_grid="fine", lam=1e-3, slab=28)
-    assert float((whole - slabs).abs().max() / whole.max()) < 0.01
-    assert metrics.nrmse(slabs.numpy(), whole.numpy()) < 0.003
+    tiled = tv_tiled(y, kernel, kernel_grid="fine", lam=1e-3, tile=(32, 32, 32))
+    assert tiled.count == 6 and not tiled.smaller
+    assert np.abs(whole.numpy() - tiled.image).max() < 0.01 * float(whole.max())
+    assert metrics.nrmse(tiled.image, whole.numpy()) < 0.003
     steps: list[Progress] = []
-    tv_deconvolve(y, kernel, kernel_grid="fine", slab=28, iterations=3, on_step=steps.append)
+    tv_tiled(y, kernel, kernel_grid="fine", tile=(32, 32, 32), iterations=3, on_step=steps.append)
     assert [p.step for p in steps] == list(range(1, steps[-1].steps + 1))
+    once = tv_tiled(y, kernel, kernel_grid="fine", lam=1e-3)
+    np.testing.assert_array_equal(once.image, whole.numpy())
 
 
 def test_tv_minimises_what_it_says() -> None:
@@ -291,12 +294,13 @@ def test_tv_minimises_what_it_says() -> None:
     assert objective(smooth) > best and objective(0.99 * captured[0]) > best
 
 
-@pytest.mark.parametrize("options", [{"lam": 0.0}, {"iterations": 0}, {"slab": 4}, {"kernel_grid": "ct"}])
+@pytest.mark.parametrize("options", [{"lam": 0.0}, {"iterations": 0}, {"tile": (4, 4, 4)},
+                                     {"memory_bytes": 1e5}, {"kernel_grid": "ct"}])
 def test_solver_refuses_settings_without_sense(options: dict) -> None:
-    """lam, iterations and slabs must be positive and long enough."""
+    """lam and iterations must be positive, tiles and memory large enough."""
     y = torch.ones(24, 4, 4)
     with pytest.raises(ValueError):
-        tv_deconvolve(y, np.ones((9, 3, 3)), **options)
+        tv_tiled(y, np.ones((9, 3, 3)), **options)
 
 
 @pytest.mark.parametrize("y", [torch.ones(4, 4), torch.zeros(4, 4, 4), torch.full((4, 4, 4), torch.nan)])

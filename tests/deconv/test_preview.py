@@ -68,14 +68,15 @@ def test_the_same_seed_gives_the_same_bits(phantom, result):
     np.testing.assert_array_equal(again.image.array, result.image.array)
 
 
-def test_slabs_leave_no_seam(phantom):
-    """A long volume in slabs equals the same volume at once, but for a small part of its maximum."""
+def test_tiles_leave_no_seam():
+    """A long volume in tiles equals the same volume at once, but for a small part of its maximum."""
     long = spheres((72, 20, 20), fwhm_mm=6.0).measured
     whole, pieces = (
-        nbd.deconvolve(long, nbd.settings("preview", **{**QUICK, "slab_voxels": voxels, "network_steps": 0}))
-        for voxels in (10**9, 40 * 20 * 20)
+        nbd.deconvolve(long, nbd.settings("preview", **{**QUICK, "memory_gb": memory, "network_steps": 0}))
+        for memory in (2.0, 0.02)
     )
-    assert pieces.settings["slab_voxels"] != whole.settings["slab_voxels"]
+    assert whole.metrics["tiles"] == 1 and pieces.metrics["tiles"] > 1
+    assert pieces.settings["tile"] != whole.settings["tile"]
     assert np.abs(pieces.image.array - whole.image.array).max() < 0.03 * whole.image.array.max()
 
 
