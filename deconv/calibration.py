@@ -9,7 +9,8 @@ Each sphere is fitted as `deconv.spheremodel` shows it, all together by weighted
 The weights follow the noise that the residual shows, s² = a + b m². Standard errors are the larger of two:
 
     noise    H⁻¹ (Jᵀ R J) H⁻¹, R the autocorrelation of the residual: the noise of reconstructed PET is not white
-    scatter  H⁻¹ (Σ u uᵀ) H⁻¹ n / (n − 1), u the score of each of the n spheres: how much the spheres disagree
+    scatter  H⁻¹ (Σ u uᵀ) H⁻¹ n / (n − 1), u the score of each of the n spheres: how much the spheres disagree;
+             times Student's t for n spheres over that of many
 
 The FWHM is that of the blur on the doubled grid before the mean over the PET voxel (y = P(x ∗ k), deconv/pooled.py).
 """
@@ -33,7 +34,7 @@ __all__ = ["MeasuredPsf", "MeasuredSphere", "measure_psf"]
 Array = NDArray[np.float64]
 Float3 = tuple[float, float, float]
 NARROWEST_MM, WIDEST_MM = 2.0, 15.0
-LEAST_SD_MM = 0.03  # what the model itself is good for
+LEAST_SD_MM, LEAST_SKEW_SD = 0.03, 0.01  # what the model itself is good for
 FAINTEST_KNOWN = 0.08  # response of a sphere whose diameter is given, as a part of the strongest
 WORST_RESIDUAL = 0.35
 LARGEST_OFFSET_MM = 6.0
@@ -168,7 +169,8 @@ def _measured(fit: Fit, volume: Volume) -> MeasuredPsf:
                        float(one.activity) / (1000.0 if one.diameter_mm == 0 else 1.0), float(one.background),
                        float(one.residual))
         for one in fit.spheres)
-    sd_ln, sd_skew = fit.sd[:3], fit.sd[3:]
+    sd_ln = fit.sd[:3]
+    sd_skew = np.where(fit.sd[3:] > 0, np.maximum(fit.sd[3:], LEAST_SKEW_SD), 0.0)  # 0: the skew was not fitted
     width = np.exp(fit.log_fwhm)
     return MeasuredPsf(
         fwhm_mm=_three(width), fwhm_sd_mm=_three(np.maximum(width * sd_ln, LEAST_SD_MM)), skew=_three(fit.skew),

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import fft, optimize
+from scipy import fft, optimize, stats
 
 from deconv.spheremodel import Window
 
@@ -314,8 +314,10 @@ def _standard_errors(problem: _Problem, found: Array) -> Array:
     variance = lost * np.diag(inverse @ (middle + middle.T) @ inverse) / 2
     if len(residuals) > 1:
         scores = np.stack([inverse @ (j.T @ r) for j, r in zip(jacobians, residuals, strict=True)])
-        scatter = (scores**2).sum(axis=0) * len(scores) / (len(scores) - 1)
-        variance = np.maximum(variance, scatter)
+        count = len(scores)
+        few = stats.t.ppf(0.975, max(count - 1, 2)) / stats.norm.ppf(0.975)  # two standard errors are to hold 95 %
+        scatter = (scores**2).sum(axis=0) * count / (count - 1)
+        variance = np.maximum(variance, few**2 * scatter)
     return np.sqrt(np.maximum(variance, 0.0))
 
 

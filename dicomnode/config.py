@@ -125,6 +125,7 @@ class Route(_Section):
     method: str = "nbd"
     preset: str = "preview"
     settings: dict[str, Any] = {}
+    psf: Literal["blind", "library", "measured"] = "library"
     send_to: tuple[str, ...]
     guide: Literal["prefer", "require", "never"] = "prefer"
     ct_wait_s: Seconds | None = None

@@ -34,6 +34,7 @@ from dicomnode.errors import NotFound, TransitionRefused
 from dicomnode.ledger import Ledger
 from dicomnode.logs import get_logger
 from dicomnode.process import PARENT_VARIABLE, end
+from dicomnode.psflibrary import keep_found
 from dicomnode.spool import Spool, fsync_dir
 
 __all__ = ["Executor", "REPORT_FILE"]
@@ -260,10 +261,16 @@ class Executor:
         return whole
 
     def _enter(self, job: dict[str, Any], target: Path, report: dict[str, Any]) -> None:
-        if not self._ledger.built(job["id"], self._owner, now=self._clock(), report=report,
-                                  derived_series_uid=report["derived_series_uid"],
-                                  derived_path=self._spool.relative(target),
-                                  derived_instances=report["derived_instances"]):
+        """The derived series, its deliveries and what it says of the PSF, in one transaction."""
+        now = self._clock()
+        with self._ledger.transaction():
+            ours = self._ledger.built(job["id"], self._owner, now=now, report=report,
+                                      derived_series_uid=report["derived_series_uid"],
+                                      derived_path=self._spool.relative(target),
+                                      derived_instances=report["derived_instances"])
+            if ours:
+                keep_found(self._ledger, job, report, software_version=__version__, now=now)
+        if not ours:
             log.info("job was taken away after it was built", action="job_taken", job=job["id"])
 
     def _hold(self, job_id: int, code: str, reason: str, **columns: Any) -> None:

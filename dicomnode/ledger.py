@@ -23,7 +23,7 @@ from dicomnode.states import may_follow
 
 __all__ = ["SCHEMA_VERSION", "InstanceRow", "Kept", "Ledger", "NewJob"]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 2: the table psf
 Kept = Literal["new", "repeat", "conflict"]
 
 
@@ -93,11 +93,12 @@ class Ledger:
             self._db.execute("PRAGMA synchronous=FULL")
             self._db.execute("PRAGMA foreign_keys=ON")
             version = self._db.execute("PRAGMA user_version").fetchone()[0]
-            if version == 0:
-                # IF NOT EXISTS throughout: two processes that start at once both succeed.
+            if version < SCHEMA_VERSION:
+                # IF NOT EXISTS throughout: two processes that start at once both succeed, and a ledger of an earlier
+                # version gets the tables that it lacks; none of those it has was ever changed.
                 self._db.executescript(SQL["schema"])
                 self._db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
-            elif version != SCHEMA_VERSION:
+            elif version > SCHEMA_VERSION:
                 raise LedgerCorrupt(
                     f"ledger {self.path} has schema version {version}, this software knows {SCHEMA_VERSION}. "
                     "Remedy: run the software version that wrote it."
@@ -156,7 +157,7 @@ class Ledger:
 
     def event(self, kind: str, *, now: float, study_uid: str = "", series_uid: str = "", job_id: int | None = None,
               from_state: str = "", to_state: str = "", code: str = "", reason: str = "", actor: str = "node") -> None:
-        """Write one line of history: kind is series, job, delivery, reception or security."""
+        """Write one line of history: kind is series, job, delivery, psf, reception or security."""
         with self.transaction() as db:
             db.execute(SQL["add_event"], {
                 "at": now, "study_uid": study_uid, "series_uid": series_uid, "job_id": job_id, "kind": kind,
@@ -417,6 +418,37 @@ class Ledger:
             elif job["state"] == "sending" and set(left) == {"delivered"}:
                 self.set_job(job["id"], "delivered", now=now)
 
+    # --- the PSF library
+
+    def put_psf(self, *, now: float, **columns: Any) -> None:
+        """Enter a PSF (all columns of the table but id and times), with an event row; the same source replaces.
+
+        A found one that a person has forgotten stays forgotten; a phantom measured again is taken again.
+        """
+        with self.transaction() as db:
+            db.execute(SQL["put_psf"], {"at": now, **{
+                key: json.dumps(value, sort_keys=True) if key in _JSON else value for key, value in columns.items()}})
+            self.event("psf", now=now, study_uid=columns["study_uid"], series_uid=columns["series_uid"],
+                       job_id=columns["job_id"], to_state=columns["kind"],
+                       reason=f"FWHM {' x '.join(f'{width:.2f}' for width in columns['fwhm_mm'])} mm")
+
+    def psfs(self, scanner_key: Mapping[str, str] | None = None, *, forgotten: bool = False) -> list[dict[str, Any]]:
+        """The PSF rows, oldest first, JSON decoded; of one scanner key, or all. `forgotten`: also those taken out."""
+        key = None if scanner_key is None else json.dumps(dict(scanner_key), sort_keys=True)
+        return [_decoded(dict(row)) for row in self._query(
+            "SELECT * FROM psf WHERE (? IS NULL OR scanner_key = ?) AND (? OR forgotten_at IS NULL) ORDER BY at, id",
+            (key, key, forgotten))]
+
+    def forget_psf(self, psf_id: int, *, now: float, actor: str = "node") -> None:
+        """Take a PSF out of use; its row stays. Raises NotFound."""
+        with self.transaction() as db:
+            row = self._one("SELECT * FROM psf WHERE id = ? AND forgotten_at IS NULL", (psf_id,))
+            if row is None:
+                raise NotFound(f"no PSF {psf_id} in the library. Remedy: `dicomnode psf` lists what is there.")
+            db.execute("UPDATE psf SET forgotten_at = ? WHERE id = ?", (now, psf_id))
+            self.event("psf", now=now, study_uid=row["study_uid"], series_uid=row["series_uid"], job_id=row["job_id"],
+                       from_state=row["kind"], to_state="forgotten", actor=actor)
+
     # --- clock
 
     def mend_times(self, *, now: float, longest_wait_s: float) -> int:
@@ -460,7 +492,8 @@ class Ledger:
         return found
 
 
-_JSON = frozenset({"settings", "send_to", "inputs", "progress", "report"})
+_JSON = frozenset({"settings", "send_to", "inputs", "progress", "report",
+                   "scanner_key", "fwhm_mm", "log_sd", "skew", "skew_sd", "detail"})
 
 
 def _decoded(job: dict[str, Any]) -> dict[str, Any]:

@@ -118,7 +118,7 @@ CREATE TABLE IF NOT EXISTS event (
     study_uid  TEXT NOT NULL DEFAULT '',
     series_uid TEXT NOT NULL DEFAULT '',
     job_id     INTEGER,
-    kind       TEXT NOT NULL,               -- series, job, delivery, reception, security
+    kind       TEXT NOT NULL,               -- series, job, delivery, psf, reception, security
     from_state TEXT NOT NULL DEFAULT '',
     to_state   TEXT NOT NULL DEFAULT '',
     code       TEXT NOT NULL DEFAULT '',
@@ -127,6 +127,26 @@ CREATE TABLE IF NOT EXISTS event (
 );
 CREATE INDEX IF NOT EXISTS event_study ON event (study_uid, id);
 CREATE INDEX IF NOT EXISTS event_series ON event (series_uid, id);
+
+CREATE TABLE IF NOT EXISTS psf (            -- the PSF library (since version 2)
+    id               INTEGER PRIMARY KEY AUTOINCREMENT,
+    scanner_key      TEXT NOT NULL,         -- JSON, keys sorted: sop.scanner.ScannerKey
+    kind             TEXT NOT NULL,         -- measured (calibrate), found (in a study)
+    source           TEXT NOT NULL,         -- measured: phantom's series UID; found: derived series UID
+    study_uid        TEXT NOT NULL,
+    series_uid       TEXT NOT NULL,         -- the PET series it was measured or found on
+    job_id           INTEGER,               -- found: the job
+    fwhm_mm          TEXT NOT NULL,         -- JSON [d, h, w]
+    log_sd           TEXT NOT NULL,         -- JSON [d, h, w], standard errors of ln FWHM
+    skew             TEXT NOT NULL,         -- JSON [d, h, w]
+    skew_sd          TEXT NOT NULL,         -- JSON [d, h, w]
+    detail           TEXT NOT NULL,         -- JSON: spheres, residual, notes; settings of the job
+    software_version TEXT NOT NULL,
+    at               REAL NOT NULL,
+    forgotten_at     REAL,                  -- a person took it out; kept for provenance
+    UNIQUE (kind, source)
+);
+CREATE INDEX IF NOT EXISTS psf_key ON psf (scanner_key);
 
 -- name: add_instance
 INSERT INTO instance VALUES (
@@ -175,6 +195,16 @@ SELECT delivery.* FROM delivery JOIN job ON job.id = delivery.job_id
 INSERT INTO delivery_instance VALUES (:delivery_id, :sop_instance_uid, :status, :comment, :at)
 ON CONFLICT (delivery_id, sop_instance_uid)
 DO UPDATE SET status = excluded.status, comment = excluded.comment, at = excluded.at;
+
+-- name: put_psf
+INSERT INTO psf (scanner_key, kind, source, study_uid, series_uid, job_id, fwhm_mm, log_sd, skew, skew_sd, detail,
+                 software_version, at)
+VALUES (:scanner_key, :kind, :source, :study_uid, :series_uid, :job_id, :fwhm_mm, :log_sd, :skew, :skew_sd, :detail,
+        :software_version, :at)
+ON CONFLICT (kind, source) DO UPDATE SET
+    scanner_key = excluded.scanner_key, fwhm_mm = excluded.fwhm_mm, log_sd = excluded.log_sd, skew = excluded.skew,
+    skew_sd = excluded.skew_sd, detail = excluded.detail, software_version = excluded.software_version,
+    at = excluded.at, forgotten_at = CASE WHEN excluded.kind = 'measured' THEN NULL ELSE forgotten_at END;
 
 -- name: overview
 -- One row per series: the newest job's state where there is one, else the series' own.

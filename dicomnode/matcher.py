@@ -24,6 +24,7 @@ from dicomnode.identity import SettingsRefused, SettingsUnknown
 from dicomnode.ledger import Ledger, NewJob
 from dicomnode.logs import get_logger
 from dicomnode.matching import Arrival, choose_guide, completeness, eligible, geometry_of, guide_wait
+from dicomnode.psflibrary import PsfMissing, Resolution, resolve, settled, takes_psf
 from dicomnode.routing import first_route
 from dicomnode.spool import Spool
 from sop.pet import is_own_output
@@ -196,25 +197,44 @@ class Matcher:
                 if row["is_guide"] and row["state"] == "ignored"]
 
     def _decide_job(self, seen: _Seen, route: Route, guide: _Seen | None, why: str) -> _Decision:
+        # A CT that the method does not look at is noted with the job, but decides nothing about the image.
+        guide_inputs = guide.sop_instance_uids if guide and (route.method, route.preset) in GUIDED else ()
+
+        def digest(settings: Mapping[str, Any]) -> str:
+            return identity.job_identity(
+                inputs=seen.sop_instance_uids, guide_inputs=guide_inputs, method=route.method,
+                settings=self._full_settings(route.method, route.preset, settings), software_version=__version__)
+
         try:
-            settings = self._full_settings(route.method, route.preset, route.settings)
+            psf = self._psf(seen, route, digest)
+            settings = {**route.settings, **psf.overrides}
+            made = digest(settings)
+        except PsfMissing as error:
+            return _Decision("held", "psf", f"route {route.name}: {error}. Remedy: `dicomnode calibrate` on a phantom "
+                             "of this scanner and reconstruction, or another `psf` in the route, then `dicomnode "
+                             f"retry {seen.uid}`")
         except SettingsRefused as error:
             return _Decision("held", "settings", f"route {route.name}: {error}. Remedy: mend the route, then "
                              f"`dicomnode retry {seen.uid}`")
         except SettingsUnknown as error:
             log.error("settings cannot be determined", action="settings_unknown", series=seen.uid, reason=str(error))
             return _Decision("waiting", "settings-unknown", str(error), until=self._clock() + self._poll_s)
-        # A CT that the method does not look at is noted with the job, but decides nothing about the image.
-        guide_inputs = guide.sop_instance_uids if guide and (route.method, route.preset) in GUIDED else ()
-        digest = identity.job_identity(inputs=seen.sop_instance_uids, guide_inputs=guide_inputs, method=route.method,
-                                       settings=settings, software_version=__version__)
         job = NewJob(
-            identity=digest, series_uid=seen.uid, study_uid=seen.row["study_uid"],
+            identity=made, series_uid=seen.uid, study_uid=seen.row["study_uid"],
             guide_series_uid=guide.uid if guide else None, route=route.name, method=route.method, preset=route.preset,
-            settings=route.settings, send_to=route.send_to, inputs=(*seen.sop_instance_uids, *guide_inputs),
+            settings=settings, send_to=route.send_to, inputs=(*seen.sop_instance_uids, *guide_inputs),
             priority=route.priority,
         )
-        return _Decision("complete", "complete", why, job=job)
+        return _Decision("complete", "complete", f"{why}; {psf.why}" if psf.why else why, job=job)
+
+    def _psf(self, seen: _Seen, route: Route, digest: Callable[[Mapping[str, Any]], str]) -> Resolution:
+        """The PSF of an earlier job on the same input, else what the library knows now."""
+        if not takes_psf(route.method, route.preset) and route.psf != "measured":
+            return Resolution({}, "")
+        before = settled(self._ledger, seen.uid, policy=route.psf, method=route.method, preset=route.preset,
+                         settings=route.settings, same=digest)
+        return before or resolve(self._ledger, seen.header, policy=route.psf, method=route.method, preset=route.preset,
+                                 settings=route.settings)
 
     # --- act
 

@@ -33,6 +33,7 @@ from sop.check import check_derived
 from sop.errors import Refused
 from sop.pet import Derivation, DerivedSeries, write_derived
 from sop.read import read_series
+from sop.scanner import scanner_key
 from sop.series import SeriesInfo
 
 __all__ = ["KERNEL_FILE", "Outcome", "choose_device", "full_settings", "main", "process"]
@@ -212,6 +213,7 @@ def _report(source: SeriesInfo, result: Deconvolution, guide: Mapping[str, Any],
     return {
         "source": {"study_uid": source.study, "series_uid": source.series, "slices": len(source.slices),
                    "unit": source.unit, "notes": list(source.notes)},
+        "scanner": scanner_key(source.first).as_dict(),
         "guide": dict(guide), "method": result.method, "preset": result.preset, "settings": dict(result.settings),
         "device": device, "metrics": dict(result.metrics), "gates": [_plain(gate) for gate in gates],
     }

@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from dicomnode import __version__
-from dicomnode.cli import acting, evaluating, looking, offline, running
+from dicomnode.cli import acting, evaluating, looking, offline, psf, running
 from dicomnode.errors import Exit, NodeError
 
 __all__ = ["app"]
@@ -76,6 +76,7 @@ def _add(panel: str, commands: dict[str, Callable[..., None]]) -> None:
 
 _add("Try", {"demo": running.demo, "phantom": offline.phantom})
 _add("Run", {"serve": running.serve, "receive": running.receive, "work": running.work, "check": looking.check})
-_add("Look", {"status": looking.status, "jobs": looking.jobs, "show": looking.show})
+_add("Look", {"status": looking.status, "jobs": looking.jobs, "show": looking.show, "psf": psf.psf})
 _add("Decide", {"retry": acting.retry, "hold": acting.hold, "release": acting.release, "cancel": acting.cancel})
-_add("Without the node", {"deblur": offline.deblur, "verify": offline.verify, "evaluate": evaluating.evaluate})
+_add("Without the node", {"deblur": offline.deblur, "verify": offline.verify, "evaluate": evaluating.evaluate,
+                          "calibrate": psf.calibrate})

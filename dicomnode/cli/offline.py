@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from dicomnode.cli.options import JsonOption, console, print_json
+from dicomnode.cli.options import JsonOption, console, open_ledger, print_json
 from dicomnode.errors import Exit
 
 __all__ = ["deblur", "phantom", "verify"]
@@ -20,6 +21,11 @@ def deblur(
     method: Annotated[str, typer.Option(help="Deconvolution method.")] = "nbd",
     preset: Annotated[str, typer.Option(help="The method's preset.")] = "preview",
     psf_fwhm_mm: Annotated[float | None, typer.Option(help="Known PSF width, for methods that take one.")] = None,
+    psf: Annotated[str, typer.Option(
+        metavar="blind|library|FILE",
+        help="PSF: found blind, of the node's library (--config), or a file that calibrate wrote.")] = "blind",
+    config: Annotated[Path | None, typer.Option(
+        "--config", "-c", help="The node whose library --psf library looks into.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     seed: Annotated[int | None, typer.Option(help="Seed of the method.")] = None,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: all.")] = 0,
@@ -29,12 +35,15 @@ def deblur(
 ) -> None:
     """Deblur the PET in a folder: DICOM in, derived and checked DICOM out."""
     from dicomnode import offline
+    from dicomnode.calibrate import deblur_overrides
     from dicomnode.cli.progress import method_progress
 
     offline.require_empty(out_dir)
     found = offline.find_series(in_dir)
     choice = offline.choose(found, series_uid=series, assume_units=assume_units is not None)
     overrides = {name: value for name, value in (("psf_fwhm_mm", psf_fwhm_mm), ("seed", seed)) if value is not None}
+    with open_ledger(config) if psf == "library" and config else nullcontext((None, None)) as (_, ledger):
+        overrides |= deblur_overrides(psf, method, preset, header=choice.pet.header, ledger=ledger, stated=overrides)
     with method_progress(console(err=True)) as on_step:
         outcome = offline.deblur(choice, out_dir, found=found, method=method, preset=preset, overrides=overrides,
                                  device=device, threads=threads, now=datetime.now().astimezone(),

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from dicomnode.acceptance import Finding
     from sop.checks.report import CheckReport
 
-__all__ = ["print_check", "print_findings", "print_jobs", "print_outcome", "print_status", "print_study"]
+__all__ = ["print_check", "print_findings", "print_jobs", "print_library", "print_outcome", "print_psf", "print_status",
+           "print_study"]
 
 COLOURS = {"held": "red", "failed": "red", "dead": "red", "cancelled": "yellow", "waiting": "yellow", "running": "cyan",
            "sending": "cyan", "built": "cyan", "delivered": "green", "committed": "green", "ok": "green",
@@ -106,6 +107,45 @@ def print_outcome(console: Console, report: Mapping[str, Any], *, guide_reason: 
     table.add_row("seconds", ", ".join(f"{name} {seconds:.1f}" for name, seconds in report["seconds"].items()))
     table.add_row("check", _state("ok"))
     console.print(table)
+
+
+def print_psf(console: Console, value: Mapping[str, Any], *, key: str) -> None:
+    """What `calibrate` measured, with standard errors, and the spheres it was measured on."""
+    console.print(f"[bold]PSF[/bold] of {escape(key)}")
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("", "FWHM mm", "skew"):
+        table.add_column(name)
+    for axis, width, log_sd, skew, skew_sd in zip(
+            ("slice", "row", "column"), value["fwhm_mm"], value["log_sd"], value["skew"], value["skew_sd"],
+            strict=True):
+        table.add_row(axis, f"{width:.2f} ± {width * log_sd:.2f}", f"{skew:+.2f} ± {skew_sd:.2f}")
+    console.print(table)
+    spheres = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("sphere mm", "", "centre mm (slice, row, column)", "activity", "background", "residual"):
+        spheres.add_column(name)
+    for one in value["spheres"]:
+        spheres.add_row(f"{one['diameter_mm']:.1f}", "given" if one["known"] else "fitted",
+                        ", ".join(f"{c:.1f}" for c in one["centre_mm"]), f"{one['activity']:.5g}",
+                        f"{one['background']:.5g}", f"{100 * one['residual']:.1f} %")
+    console.print(spheres)
+    console.print(f"unit {value['unit']}, residual {100 * value['residual']:.1f} % of the contrast")
+    for note in value["notes"]:
+        console.print(escape(note))
+
+
+def print_library(console: Console, scanners: Sequence[Mapping[str, Any]]) -> None:
+    if not scanners:
+        console.print("The PSF library is empty. Remedy: `dicomnode calibrate DIR --config FILE`.")
+        return
+    for scanner in scanners:
+        console.print(f"[bold]{escape(scanner['name'])}[/bold]\n  gives: {escape(scanner['why'])}")
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for name in ("", "no.", "kind", "FWHM mm", "±", "software", "series"):
+            table.add_column(name, overflow="fold")
+        for one in scanner["entries"]:
+            table.add_row("", str(one["id"]), one["kind"], " x ".join(f"{width:.2f}" for width in one["fwhm_mm"]),
+                          f"{100 * max(one['log_sd']):.0f} %", one["software_version"], one["series_uid"])
+        console.print(table)
 
 
 def _print_job(console: Console, job: Mapping[str, Any]) -> None:
