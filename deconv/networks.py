@@ -27,6 +27,7 @@ Tail = Literal["pointwise", "spatial"]
 DOWN = (80, 60, 40)
 UP = (60, 50, 40)
 SKIP = 64
+SHORTEST_LOW = 4  # voxels along the shortest axis of a convolution in bfloat16 on a CPU
 
 
 class Gx(nn.Module):
@@ -89,8 +90,23 @@ class _Convolution(nn.Sequential):
         )
 
 
+class _Conv3d(nn.Conv3d):
+    """A convolution that stays in float32 where bfloat16 on a CPU cannot be trusted.
+
+    Measured (torch 2.13, oneDNN): in bfloat16 the gradient of the weights reads memory that was never written where an
+    axis is shorter than the kernel: other bits at every run, at times NaN. Only the coarsest levels are that short.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (1, C, d, h, w) -> the convolution."""
+        if x.device.type == "cpu" and torch.is_autocast_enabled("cpu") and min(x.shape[-3:]) < SHORTEST_LOW:
+            with torch.autocast("cpu", enabled=False):
+                return super().forward(x.float())
+        return super().forward(x)
+
+
 def _Conv(channels_in: int, channels_out: int, size: int, stride: int = 1) -> nn.Conv3d:
-    return skip_init(nn.Conv3d, channels_in, channels_out, size, stride=stride, padding=size // 2)  # type: ignore[return-value]
+    return skip_init(_Conv3d, channels_in, channels_out, size, stride=stride, padding=size // 2)  # type: ignore[return-value]
 
 
 def _upsample(h: Tensor, size: Any) -> Tensor:

@@ -30,7 +30,7 @@ STAGES = (
 SETTINGS = replace(PAPER, stages=STAGES)
 STEPS = 14
 RNG = np.random.default_rng(0)
-Y = RNG.random((6, 17, 18), dtype=np.float32)
+Y = RNG.random((4, 10, 18), dtype=np.float32)
 TEXTURE = RNG.random(Y.shape, dtype=np.float32)
 
 
@@ -66,11 +66,11 @@ def whole(settings: Settings) -> Fit:
     return run(settings)
 
 
-@pytest.mark.parametrize("step", range(1, STEPS + 1))
-def test_a_run_stopped_at_any_step_ends_in_the_bits_of_one_that_was_not(
+@pytest.mark.parametrize("step", [1, 2, 4, 8, 11, 14])
+def test_a_run_that_was_stopped_ends_in_the_bits_of_one_that_was_not(
     settings: Settings, whole: Fit, step: int, tmp_path: Path
 ):
-    """Image, kernel and every loss, whatever the stage, the phase or the part of it; and no step is done twice."""
+    """Image, kernel and every loss, whatever the stage and the part of it; and no step is done twice."""
     assert whole.steps == STEPS
     with pytest.raises(Cancelled):
         run(settings, tmp_path, stop_at(step))
@@ -80,12 +80,12 @@ def test_a_run_stopped_at_any_step_ends_in_the_bits_of_one_that_was_not(
     same(resumed, whole)
 
 
-def test_a_run_stopped_at_every_step_gets_to_the_end(tmp_path: Path):
-    """Fourteen times killed: still the same."""
+def test_a_run_stopped_at_every_step_gets_to_the_end(settings: Settings, whole: Fit, tmp_path: Path):
+    """Fourteen times taken up: still the same, whatever the phase."""
     for step in range(1, STEPS + 1):
         with pytest.raises(Cancelled):
-            run(SETTINGS, tmp_path, stop_at(step))
-    same(run(SETTINGS, tmp_path), run())
+            run(settings, tmp_path, stop_at(step))
+    same(run(settings, tmp_path), whole)
 
 
 def test_a_run_cut_short_by_max_steps_resumes_to_the_same(tmp_path: Path):
@@ -177,6 +177,16 @@ def test_bfloat16_that_holds_is_kept():
     assert not np.array_equal(found.x, run().x)
 
 
+def test_bfloat16_gives_the_same_bits_again():
+    """Levels of one, two and three voxels included, with whatever the memory held before."""
+    low = replace(SETTINGS, precision="bfloat16")
+    first = run(low)
+    for _ in range(3):
+        waste = [torch.full((size,), float("nan")) for size in (300, 3000, 30_000, 300_000)]
+        del waste
+        same(run(low), first)
+
+
 def test_a_run_that_fell_back_resumes_in_float32(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """Stopped after the fall-back: bfloat16 is not tried again."""
     low = replace(SETTINGS, precision="bfloat16")
@@ -189,6 +199,7 @@ def test_a_run_that_fell_back_resumes_in_float32(monkeypatch: pytest.MonkeyPatch
         if heard.count(8) == 2:
             raise Cancelled
 
+    monkeypatch.undo()
     break_low_precision(monkeypatch, 3)
     with pytest.raises(Cancelled):
         run(low, tmp_path, listen)
@@ -230,7 +241,8 @@ def test_the_same_number_of_threads_gives_the_same_bits(threads: int):
     before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     try:
         torch.set_num_threads(threads)
-        same(run(), run())
+        main = replace(SETTINGS, stages=STAGES[2:], max_steps=5)
+        same(run(main), run(main))
     finally:
         torch.set_num_threads(before[0])
     assert torch.are_deterministic_algorithms_enabled() == before[1]
