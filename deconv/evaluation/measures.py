@@ -7,7 +7,7 @@ truth's maximum; the background is what lies at least 10 mm away from every hot 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,8 @@ from deconv.metrics import (
     nrmse,
     recovery_coefficients,
 )
-from deconv.phantoms import Phantom, average_pool, measure, psf_kernel
+from deconv.phantoms import Phantom, average_pool, psf_kernel
+from deconv.thresholds import table6
 
 __all__ = ["Truth", "calibration", "figures", "overshoot", "reference_kernel", "spread"]
 
@@ -76,6 +77,7 @@ def figures(
         "activity_change": activity_change(image, phantom.measured.array),
         "background_cv": _background_cv(truth, image),
         **overshoot(image, true, truth.hot),
+        "table6": [asdict(line) for line in table6(image, phantom)] if truth.case.phantom == "spheres" else [],
         "uncertainty": None if uncertainty is None else calibration(image, true, uncertainty, truth.hot),
     }
     return found | _kernel_figures(truth, kernel, own)
@@ -102,11 +104,11 @@ def reference_kernel(case: Case, phantom: Phantom) -> NDArray[np.float64]:
 
     The scanner blurs first and averages then, P(x ∗ h); a kernel that acts on the averaged image is neither h sampled
     at the voxels nor h integrated over them, but in between: k* is h with a part a of the voxel's variance s²/12 taken
-    off, integrated over voxels. The one number a is fitted, without noise. Source: as `Phantom.psf`.
+    off, integrated over voxels. The one number a is fitted, without noise. For a radially varying PSF h is its mean.
     """
     spacing = phantom.measured.spacing
     truth = phantom.truth.array.astype(np.float64)
-    y = measure(truth, phantom.psf_fine, rng=np.random.default_rng(0), spacing=spacing.tolist())
+    y = replace(case, noise=0.0).build().measured.array if case.noise else phantom.measured.array
     pooled, widths = average_pool(truth), np.array(case.fwhm3_mm)
 
     def kernel(part: float) -> NDArray[np.float64]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from deconv.evaluation.methods import VARIANTS
 from deconv.evaluation.rows import Row
 from deconv.evaluation.running import Evaluation
 from deconv.evaluation.summary import FIGURES, Promise, Spread, promises, spreads, summaries
+from deconv.thresholds import PAPER_TABLE6, PaperRow
 
 __all__ = ["markdown", "to_json", "write"]
 
@@ -51,10 +52,14 @@ def markdown(evaluation: Evaluation) -> str:
 
 
 def write(evaluation: Evaluation, out: Path) -> None:
-    """report.md and report.json in `out`."""
+    """report.md, report.json and, where any run gave a result, report.png in `out`."""
     (out / "report.md").write_text(markdown(evaluation), encoding="utf-8")
     text = json.dumps(to_json(evaluation), indent=1, ensure_ascii=False) + "\n"
     (out / "report.json").write_text(text, encoding="utf-8")
+    if any(not row.failed for row in evaluation.rows):
+        from deconv.evaluation.plots import write_page  # loads matplotlib
+
+        write_page(evaluation, out / "report.png")
 
 
 def _blind(rows: Iterable[Row]) -> list[str]:
@@ -117,7 +122,7 @@ def _case_tables(rows: Sequence[Row]) -> list[str]:
     lines = _table(("method", "NRMSE", "kernel inner product", "FWHM error D H W mm", "centroid voxels",
                     "background CV", "overshoot / local", "activity change", "CPU s", "peak MB"), body)
     good = [row for row in rows if not row.failed]
-    for table in (_recovery_table(good), _uncertainty_table(good)):
+    for table in (_recovery_table(good), *_threshold_tables(good), _uncertainty_table(good)):
         lines += ["", *table] if table else []
     return lines
 
@@ -128,6 +133,35 @@ def _recovery_table(rows: Sequence[Row]) -> list[str]:
     header = ("RC mean / median / max", *(f"{one['diameter_mm']:g} mm" for one in rows[0].figures["recovery"]))
     return _table(header, [(row.method, *(f"{one['mean']:.2f} / {one['median']:.2f} / {one['max']:.2f}"
                                           for one in row.figures["recovery"])) for row in rows])
+
+
+def _threshold_tables(rows: Sequence[Row]) -> list[list[str]]:
+    """Table 6 of the paper: volumes and recovery of spheres contoured by one threshold, by one for every diameter."""
+    rows = [row for row in rows if row.figures["table6"]]
+    if not rows:
+        return []
+    found = []
+    for kind, title in (("fixed", "one threshold"), ("variable", "a threshold for every diameter")):
+        lines = [(row.method, [one for one in row.figures["table6"] if one["kind"] == kind]) for row in rows]
+        lines += [(f"paper's Table 6, {when}", [_printed(one, i) for one in PAPER_TABLE6 if one.kind == kind])
+                  for i, when in enumerate(("original", "deblurred"))]
+        header = (f"{title}: % of maximum; V/V0; RC mean / median / max",
+                  *(f"{one['diameter_mm']:g} mm" for one in lines[0][1]))
+        found.append(_table(header, [(name, *(_contoured(cells.get(one["diameter_mm"])) for one in lines[0][1]))
+                                     for name, of in lines for cells in [{one["diameter_mm"]: one for one in of}]]))
+    return found
+
+
+def _printed(row: PaperRow, which: int) -> dict[str, float]:
+    return {"diameter_mm": row.diameter_mm, **{name: getattr(row, name)[which] for name in (
+        "threshold_percent", "volume_ratio", "rc_mean", "rc_median", "rc_max")}}
+
+
+def _contoured(one: Mapping[str, float] | None) -> str:
+    if one is None:
+        return "-"
+    return (f"{one['threshold_percent']:.0f}; {one['volume_ratio']:.2f}; "
+            f"{one['rc_mean']:.2f} / {one['rc_median']:.2f} / {one['rc_max']:.2f}")
 
 
 def _uncertainty_table(rows: Sequence[Row]) -> list[str]:

@@ -236,6 +236,7 @@ def test_a_key_tells_settings_and_measurements_apart(tmp_path: Path) -> None:
 
 def test_code_that_a_method_does_not_use_is_not_in_its_digest() -> None:
     """An edit of one preset throws away no runs of another; every module is found from its root."""
+    code_digest.cache_clear()
     digests = {code_digest("nbd", "paper"), code_digest("nbd", "preview"), code_digest("cubic", "default")}
     assert len(digests) == 3 and code_digest("tv", "default") == code_digest("cubic", "default")
 
