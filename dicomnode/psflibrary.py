@@ -35,8 +35,8 @@ __all__ = [
 ]
 
 PSF_SETTINGS = frozenset({"psf", "psf_fwhm_mm", "psf_kernel", "psf_log_sd", "psf_skew", "psf_source"})
-FAMILY = frozenset({("nbd", "best")})  # take a prior or a known PSF, with skew
-GAUSSIAN = frozenset({"tv", "richardson-lucy"})  # take a known width
+FAMILY = frozenset({("nbd", "best")})  # take a prior or a known PSF
+GIVEN = frozenset({"tv", "richardson-lucy"})  # take a PSF as it is given
 LEAST_STUDIES = 3
 LEAST_LOG_SD = 0.04  # no scanner is known better: patients scatter and move
 KNOWN_LOG_SD = 0.05  # a measurement less sure than this is a prior, not a known PSF
@@ -59,7 +59,7 @@ class Resolution:
 
 def takes_psf(method: str, preset: str) -> bool:
     """Whether the library can change what this method does."""
-    return (method, preset) in FAMILY or method in GAUSSIAN
+    return (method, preset) in FAMILY or method in GIVEN
 
 
 def combined(rows: Sequence[Mapping[str, Any]]) -> Resolution | None:
@@ -97,7 +97,7 @@ def resolve(ledger: Ledger, header: Dataset, *, policy: str, method: str, preset
     if key.missing:
         return _or_blind(policy, f"the header does not say {', '.join(key.missing)}")
     rows = ledger.psfs(key.as_dict())
-    if policy == "measured" or method in GAUSSIAN:
+    if policy == "measured" or method in GIVEN:
         rows = [row for row in rows if row["kind"] == "measured"]
     found = combined(rows)
     if found is None:
@@ -124,8 +124,8 @@ def settled(ledger: Ledger, series_uid: str, *, policy: str, method: str, preset
 
 
 def overrides_for(method: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that `method` takes of a PSF's: TV and Richardson-Lucy know widths only."""
-    return {"psf_fwhm_mm": overrides["psf_fwhm_mm"]} if method in GAUSSIAN else dict(overrides)
+    """The settings that `method` takes of a PSF's: TV and Richardson-Lucy know no uncertainty and no source."""
+    return {name: overrides[name] for name in ("psf_fwhm_mm", "psf_skew")} if method in GIVEN else dict(overrides)
 
 
 def keep_measured(ledger: Ledger, key: ScannerKey, psf: MeasuredPsf, *, study_uid: str, series_uid: str,
