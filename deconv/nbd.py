@@ -40,6 +40,7 @@ from deconv import preview
 from deconv.blind import fit
 from deconv.checkpoint import Checkpoints
 from deconv.finish import centred_pair, finished, normalised, plain
+from deconv.fromplain import converted
 from deconv.result import Deconvolution, OnStep
 from deconv.stages import PAPER, Phase, Settings, Stage
 from deconv.volume import Volume
@@ -52,7 +53,7 @@ PRESETS: Mapping[str, AnySettings] = {"paper": PAPER, "preview": preview.PREVIEW
 
 
 def settings(preset: str, **overrides: Any) -> AnySettings:
-    """The settings of a preset, with some replaced.
+    """The settings of a preset, with some replaced. Plain JSON values will do: settings(**plain(s)) == s.
 
     Raises ValueError for an unknown preset or setting (listing what exists) and for a value that makes no sense.
     """
@@ -65,7 +66,7 @@ def settings(preset: str, **overrides: Any) -> AnySettings:
         raise ValueError(
             f"preset {preset!r} has no setting {', '.join(map(repr, unknown))}; settings are {', '.join(sorted(known))}"
         )
-    return replace(chosen, **overrides)
+    return replace(chosen, **converted(type(chosen), overrides))
 
 
 def deconvolve(
