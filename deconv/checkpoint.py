@@ -97,6 +97,13 @@ class Checkpoints:
             raise ValueError(f"a run's name is letters, digits, '_' and '-', got {name!r}")
         return Checkpoint(self, name, identity(arrays, settings, device=device, version=self.version))
 
+    def clear(self) -> None:
+        """Remove the states of all runs, and the folder if nothing else lies in it: the job is done."""
+        for path in [*self.folder.glob(f"*{SUFFIX}"), *self.folder.glob(".*.tmp")]:
+            path.unlink(missing_ok=True)
+        if self.folder.is_dir() and not any(self.folder.iterdir()):
+            self.folder.rmdir()
+
 
 @dataclass
 class Checkpoint:

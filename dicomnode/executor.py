@@ -10,6 +10,9 @@ What the child says, or how it ends, becomes the job's next state:
     refused    held for a person, with reason and remedy: trying again would refuse again
     failed, died, hung     another attempt after a wait that doubles; held once `attempts` are used up
     we are told to stop    queued again, not counted as an attempt
+
+The child may keep the state of a long method in checkpoints/JOB. It outlives the child, us and the machine's power, so
+that the next attempt goes on where this one was; it goes when the job is built or refused (else `schedule.sweep_work`).
 """
 
 from __future__ import annotations
@@ -130,6 +133,7 @@ class Executor:
             "settings": job["settings"],
             "device": self._config.work.device,
             "threads": self._config.work.threads,
+            "checkpoints": str(self._checkpoints(job)),
             # The time of the job, not of the attempt: a repeat writes the same bytes under the same UIDs.
             "now": job["created_at"],
             "derivation": {
@@ -146,6 +150,9 @@ class Executor:
         path = folder / "order.json"
         path.write_text(json.dumps(order), encoding="utf-8")
         return path
+
+    def _checkpoints(self, job: dict[str, Any]) -> Path:
+        return self._spool.data_dir / "checkpoints" / str(job["id"])
 
     def _description(self, job: dict[str, Any], route: Route | None) -> str:
         """The route's or the site's template; a series that replaces one already sent says so."""
@@ -222,6 +229,8 @@ class Executor:
 
     def _conclude(self, job: dict[str, Any], folder: Path, outcome: Mapping[str, Any]) -> None:
         kind = outcome["kind"]
+        if kind in ("built", "refused"):  # nothing is left to go on with
+            shutil.rmtree(self._checkpoints(job), ignore_errors=True)
         if kind == "built":
             self._keep(job, folder / "derived.tmp", outcome["report"])
         elif kind == "refused":

@@ -119,10 +119,13 @@ def require_empty(folder: Path) -> None:
 def deblur(
     choice: Choice, out_dir: Path, *, found: Sequence[Found], method: str, preset: str, overrides: Mapping[str, Any],
     device: str, threads: int, now: datetime, assume_units: str | None = None, on_step: OnStep | None = None,
+    checkpoints: Path | None = None,
 ) -> Outcome:
     """Derive, check and put the series into `out_dir`, whole or not at all.
 
-    found    all series of the study: their numbers are taken.
+    found        all series of the study: their numbers are taken.
+    checkpoints  folder from which the same command goes on after a crash; emptied once the series lies in `out_dir`.
+
     Raises ConfigError for settings the method does not have, sop.Refused for an input or a result that must not leave.
     """
     import deconv
@@ -146,11 +149,19 @@ def deblur(
     try:
         outcome = process(choice.pet.files, choice.guide.files if choice.guide else (), aside, method=method,
                           preset=preset, overrides=overrides, device=device, threads=threads, naming=naming, now=now,
-                          on_step=on_step, assume_units=assume_units)
+                          on_step=on_step, assume_units=assume_units, checkpoints=checkpoints)
         os.replace(aside, out_dir)
+        if checkpoints is not None:
+            _forget(checkpoints)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return outcome
+
+
+def _forget(checkpoints: Path) -> None:
+    from deconv.checkpoint import Checkpoints
+
+    Checkpoints(checkpoints).clear()
 
 
 def _headers(folder: Path) -> Iterator[tuple[Path, Dataset]]:

@@ -40,6 +40,7 @@ __all__ = ["KERNEL_FILE", "Outcome", "choose_device", "full_settings", "main", "
 
 KERNEL_FILE = "kernel.npy"
 PROGRESS_S = 0.5  # least time between two progress lines
+CHECKPOINT_S = 60.0  # least time between two states that are kept: what a crash can cost
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +83,7 @@ def process(
     pet_files: Sequence[Path], guide_files: Sequence[Path], out_folder: Path, *, method: str, preset: str,
     overrides: Mapping[str, Any] | None = None, device: str = "auto", threads: int = 0, naming: Mapping[str, Any],
     guide_required: bool = False, now: datetime, on_step: OnStep | None = None, assume_units: str | None = None,
+    checkpoints: Path | None = None,
 ) -> Outcome:
     """Make the derived series of one PET series in `out_folder` (made here, must not hold anything else).
 
@@ -92,6 +94,8 @@ def process(
                     series_description, series_number_offset, taken_series_numbers, research_use, institution, station.
     guide_required  refuse where the guide cannot be read; otherwise the method runs unguided and the report says why.
     now             time of processing, for InstanceCreationDate and the like.
+    checkpoints     folder from which a method that can (`deconv.RESUMABLE`) goes on where a killed run was; the
+                    caller's to remove. None: it starts afresh.
 
     Raises Refused: by the reader; "method" for settings or a volume the method does not take; "gate" and "check"
     (Failing, with report) for a result that must not leave. `out_folder` is then gone.
@@ -103,7 +107,7 @@ def process(
     guide, guide_report = _read_guide(guide_files, source, required=guide_required)
     marks.append(time.perf_counter())
     result = _deconvolve(volume, source, guide, method, preset, dict(overrides or {}), choose_device(device), threads,
-                         on_step)
+                         on_step, _resumable(method, preset, checkpoints, naming))
     marks.append(time.perf_counter())
     guide_report["used"] = bool(result.settings.get("guided", False))
     derivation = _derivation(result, source, guide_report, naming, choose_device(device))
@@ -152,15 +156,27 @@ def _read_guide(files: Sequence[Path], source: SeriesInfo, *, required: bool) ->
     return guide, {"series_uid": info.series, "reason": "read", "instances_sha256": digest}
 
 
+def _resumable(method: str, preset: str, folder: Path | None, naming: Mapping[str, Any]) -> dict[str, Any]:
+    """The argument `checkpoints` for a method that takes it."""
+    if folder is None or (method, preset) not in deconv.RESUMABLE:
+        return {}
+    from deconv.checkpoint import Checkpoints
+
+    version = str(naming.get("software_version", ""))
+    return {"checkpoints": Checkpoints(folder, every_s=CHECKPOINT_S, version=version)}
+
+
 def _deconvolve(volume: Volume, source: SeriesInfo, guide: Volume | None, method: str, preset: str,
-                overrides: dict[str, Any], device: str, threads: int, on_step: OnStep | None) -> Deconvolution:
+                overrides: dict[str, Any], device: str, threads: int, on_step: OnStep | None,
+                further: Mapping[str, Any]) -> Deconvolution:
     if threads:
         import torch
 
         torch.set_num_threads(threads)
     try:
         door = deconv.method(method)
-        return door.deconvolve(volume, door.settings(preset, **overrides), guide=guide, device=device, on_step=on_step)
+        return door.deconvolve(volume, door.settings(preset, **overrides), guide=guide, device=device, on_step=on_step,
+                               **further)
     except (ValueError, ArithmeticError) as error:
         raise Refused("method", f"{method}, preset {preset}: {error}", "choose another method, preset or setting",
                       study=source.study, series=source.series) from error
@@ -269,7 +285,7 @@ def _work_off(order: Mapping[str, Any], folder: Path, reporter: _Reporter) -> No
         folder / "derived.tmp", method=order["method"], preset=order["preset"], overrides=order["settings"],
         device=order["device"], threads=order["threads"], naming=order["derivation"],
         guide_required=order["guide_required"], now=datetime.fromtimestamp(order["now"], UTC).astimezone(),
-        on_step=reporter.step,
+        on_step=reporter.step, checkpoints=Path(order["checkpoints"]),
     )
     reporter.line(kind="built", report=outcome.report)
 

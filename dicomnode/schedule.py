@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from apscheduler.executors.pool import ThreadPoolExecutor
 from apscheduler.schedulers.background import BackgroundScheduler
 
+from dicomnode.errors import NotFound
 from dicomnode.ledger import Ledger
 from dicomnode.logs import get_logger
 from dicomnode.spool import Spool
@@ -65,12 +66,24 @@ class _Steady:
 
 
 def sweep_work(ledger: Ledger, spool: Spool) -> int:
-    """Remove the work folders that no running job owns; how many. Nothing else is removed by this release."""
+    """Remove the work folders that no running job owns, and checkpoints that no job will go on from; how many.
+
+    Nothing else is removed by this release.
+    """
     folders = list((spool.data_dir / "work").iterdir())
     running = {str(job["id"]) for job in ledger.running_jobs()}  # asked after the listing: a new job's folder is safe
     orphans = [folder for folder in folders if folder.is_dir() and folder.name not in running]
+    orphans += [folder for folder in (spool.data_dir / "checkpoints").iterdir() if not _goes_on(ledger, folder.name)]
     for folder in orphans:
         shutil.rmtree(folder, ignore_errors=True)
     if orphans:
         log.info("orphaned work folders removed", action="sweep_work", folders=len(orphans))
     return len(orphans)
+
+
+def _goes_on(ledger: Ledger, name: str) -> bool:
+    """Whether the job may run again without being asked for anew: held ones may be retried by a person."""
+    try:
+        return ledger.job(int(name))["state"] in ("queued", "running", "failed", "held")
+    except (ValueError, NotFound):
+        return False

@@ -6,6 +6,7 @@
     data_dir/conflicts/SOP.SHA256.dcm           other bytes under a known SOP Instance UID
     data_dir/derived/JOB/        derived series, whole and checked
     data_dir/work/               unfinished work of running jobs
+    data_dir/checkpoints/JOB/    from where a long method goes on after a crash
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def fsync_dir(folder: Path) -> None:
 class Spool:
     """The data directory. Creates its folders (mode 0700: patient data)."""
 
-    FOLDERS = ("incoming", "objects", "conflicts", "derived", "work")
+    FOLDERS = ("incoming", "objects", "conflicts", "derived", "work", "checkpoints")
 
     def __init__(self, data_dir: Path) -> None:
         self.data_dir = Path(data_dir)

@@ -31,6 +31,8 @@ def deblur(
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: all.")] = 0,
     series: Annotated[str | None, typer.Option(help="Series Instance UID, where several PET series qualify.")] = None,
     assume_units: Annotated[str | None, typer.Option(help="Units of a PET that states none, e.g. BQML.")] = None,
+    checkpoints: Annotated[Path | None, typer.Option(help="Folder from which the same command goes on after a crash; "
+                                                     "emptied at the end.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Deblur the PET in a folder: DICOM in, derived and checked DICOM out."""
@@ -47,7 +49,7 @@ def deblur(
     with method_progress(console(err=True)) as on_step:
         outcome = offline.deblur(choice, out_dir, found=found, method=method, preset=preset, overrides=overrides,
                                  device=device, threads=threads, now=datetime.now().astimezone(),
-                                 assume_units=assume_units, on_step=on_step)
+                                 assume_units=assume_units, on_step=on_step, checkpoints=checkpoints)
     if as_json:
         print_json({"folder": str(out_dir), "guide_reason": choice.reason, **outcome.report})
     else:

@@ -292,6 +292,49 @@ def alive(pid: int) -> bool:
         return False
 
 
+def checkpoint_folders(line: Line) -> list[str]:
+    return [path.name for path in (line.spool.data_dir / "checkpoints").iterdir()]
+
+
+def test_the_next_attempt_finds_what_a_killed_one_kept_and_a_built_series_leaves_nothing(line: Line) -> None:
+    """checkpoints/JOB outlives the child and its work folder; it goes with the job's success."""
+    job_id = queued(line)
+    program = """
+import pathlib
+kept = pathlib.Path(json.loads(order.read_text())["checkpoints"])
+if not kept.exists():
+    kept.mkdir(); (kept / "state").write_text("7"); os.kill(os.getpid(), signal.SIGKILL)
+assert (kept / "state").read_text() == "7"
+build()
+"""
+    executor = child(line, program)
+    assert attempt(line, executor)["state"] == "failed"
+    assert work_folders(line) == [] and checkpoint_folders(line) == [str(job_id)]
+    assert sweep_work(line.ledger, line.spool) == 0, "the job will go on from it"
+    line.now += 61
+    assert attempt(line, executor)["state"] == "built"
+    assert checkpoint_folders(line) == []
+
+
+def test_checkpoints_that_no_job_will_go_on_from_are_removed(line: Line) -> None:
+    """Refused: at once. Cancelled, or of a job that is not known: swept. Queued again by a stop: kept."""
+    job_id = queued(line)
+    keep = 'import pathlib; pathlib.Path(json.loads(order.read_text())["checkpoints"]).mkdir(exist_ok=True)\n'
+    stop = threading.Event()
+    timer = threading.Timer(2.0, stop.set)
+    timer.start()
+    assert attempt(line, child(line, keep + "time.sleep(60)"), stop)["state"] == "queued"
+    assert checkpoint_folders(line) == [str(job_id)]
+    refuse = 'say(kind="refused", code="gate", reason="not safe", remedy="another preset")'
+    assert attempt(line, child(line, keep + refuse))["state"] == "held"
+    assert checkpoint_folders(line) == []
+    line.ledger.set_job(job_id, "cancelled", now=line.now)
+    for name in (str(job_id), "999"):
+        (line.spool.data_dir / "checkpoints" / name).mkdir()
+    assert sweep_work(line.ledger, line.spool) == 2
+    assert checkpoint_folders(line) == []
+
+
 def test_work_folders_without_a_running_job_are_swept(line: Line) -> None:
     """Left by a crash: removed; the folder of a running job stays."""
     job_id = queued(line)

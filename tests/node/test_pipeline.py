@@ -49,7 +49,7 @@ def blurred_pet() -> list[Dataset]:
 
 def run(tmp_path: Path, pet: list[Dataset], ct: list[Dataset] | None = None, **options: Any) -> Outcome:
     guide = saved(tmp_path / "ct", ct) if ct else []
-    settings = {"method": "tv", "preset": "quick", "device": "cpu", "threads": 1, "naming": NAMING, "now": NOW}
+    settings: dict[str, Any] = {"method": "tv", "preset": "quick", "device": "cpu", "threads": 1, "naming": NAMING, "now": NOW}
     settings |= options
     return process(saved(tmp_path / "pet", pet), guide, tmp_path / "out", **settings)
 
@@ -68,6 +68,32 @@ def test_the_outcome_lies_whole_in_its_folder_with_its_kernel_and_a_report_in_pl
     assert kernel.sum() == pytest.approx(1.0, abs=1e-5)
     header = dcmread(next((tmp_path / "out").glob("*.dcm")), stop_before_pixels=True)
     assert header.SeriesInstanceUID == report["derived_series_uid"] == outcome.derived.series_instance_uid
+
+
+def test_a_long_method_goes_on_where_the_last_run_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder of the first run is all that the second needs; another software version starts afresh."""
+    monkeypatch.setattr(pipeline, "CHECKPOINT_S", 0.0)
+    phase = {"until": 3, "fidelity": 1.0}
+    short = {"stages": [{"name": "main", "scale": 1.0, "kernel_size": 5, "phases": [phase]}]}
+
+    def stop(progress: Progress) -> None:
+        if progress.stage == "main" and progress.step == 2:
+            raise Cancelled
+
+    def resumed_at(number: int, version: str) -> float:
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        with pytest.raises(Failing) as refused:  # three steps make no image that passes
+            run(folder, blurred_pet(), method="nbd", preset="paper", overrides=short,
+                checkpoints=tmp_path / "kept", naming={**NAMING, "software_version": version})
+        return float(refused.value.report["metrics"]["resumed_at_step"])
+
+    with pytest.raises(Cancelled):
+        run(tmp_path, blurred_pet(), method="nbd", preset="paper", overrides=short, on_step=stop,
+            checkpoints=tmp_path / "kept")
+    assert resumed_at(1, "0.2.0") == 0.0
+    assert resumed_at(2, "0.2.0") == 3.0
+    run(tmp_path / "kept", blurred_pet(), checkpoints=tmp_path / "kept")  # tv keeps nothing, and runs all the same
 
 
 def test_progress_names_every_stage_in_order(tmp_path: Path) -> None:
