@@ -1,10 +1,13 @@
 """Time of one main step of neural blind deconvolution, by part, and with each exact rewrite on and off.
 
     python benchmarks/bench_nbd_step.py [--size 24x48x48] [--steps 3] [--threads 2]
+    python benchmarks/bench_nbd_step.py --h200 64x128x128
 
 Prints Markdown. Everything runs in one process, side by side. Beside each part stands its floor: the time its
 arithmetic would take at the machine's measured matrix-product rate, or its memory traffic at the measured copy rate,
 whichever is longer. The step is one of the first 300 (all terms with a cost: fidelity, CT texture, kernel).
+
+--h200 measures nothing: it prints the same floor of the whole schedule for an NVIDIA H200 from its data sheet.
 """
 
 from __future__ import annotations
@@ -103,19 +106,56 @@ def parts(size: tuple[int, ...], steps: int) -> list[tuple[str, float, float, fl
         small = downsample(x_fixed)
         (fidelity(small - y) + ssim(small, texture) + kernel_excess(k_fixed, 0.7)).backward()
 
-    voxels = math.prod(size)
-    padded = math.prod(n + KERNEL - 1 for n in size)
+    runs = (gx, gx_adam, convolution, gk, losses)
     alive = sum(p.numel() for p in step.gk.parameters())
-    weights = sum(p.numel() for p in step.gx.parameters())
+    return [(part, timed(run, steps), flops, traffic)
+            for run, (part, flops, traffic) in zip(runs, work(size, KERNEL, alive), strict=True)]
+
+
+def work(size: tuple[int, ...], kernel: int, alive: int) -> list[tuple[str, float, float]]:
+    """(part, flops, bytes) of a float32 step: what no way of doing it can go below, every value read or written once.
+
+    alive  parameters of Gk that have a gradient.
+    """
+    gx = Gx(torch.Generator(), output_scale=1.5).to("meta")  # shapes alone: nothing is computed
+    macs, written = gx_work(gx, torch.empty((1, 1, *size), device="meta"))
+    weights = sum(p.numel() for p in gx.parameters())
+    voxels = math.prod(size)
+    padded = math.prod(n + kernel - 1 for n in size)
     transforms = 6  # x and k there, y back; and the three of the gradient
-    macs, written = gx_work(step.gx, step.zx)
     return [
-        ("Gx forward and backward", timed(gx, steps), 3 * 2 * macs, 3 * 4 * written),
-        ("Gx Adam", timed(gx_adam, steps), 12 * weights, 28 * weights),
-        ("x↓ ∗ k", timed(convolution, steps), transforms * 2.5 * padded * math.log2(padded), transforms * 8 * padded),
-        ("Gk and its Adam", timed(gk, steps), 18 * alive, 36 * alive),
-        ("losses", timed(losses, steps), 2 * 3 * 5 * voxels * sum(size) * 2, 4 * 30 * voxels),
+        ("Gx forward and backward", 3 * 2 * macs, 3 * 4 * written),
+        ("Gx Adam", 12 * weights, 28 * weights),
+        ("x↓ ∗ k", transforms * 2.5 * padded * math.log2(padded), transforms * 8 * padded),
+        ("Gk and its Adam", 18 * alive, 36 * alive),
+        ("losses", 2 * 3 * 5 * voxels * sum(size) * 2, 4 * 30 * voxels),
     ]
+
+
+#: NVIDIA H200 SXM data sheet: TFLOP/s of float32 and of dense bfloat16 matrix products, TB/s of memory
+H200 = {"float32": 67.0, "bfloat16": 989.0, "memory": 4.8}
+
+
+def h200(size: tuple[int, ...]) -> None:
+    """Print the floor of the whole "paper" schedule at `size`; in bfloat16 only Gx in the main stage changes."""
+    print(f"## Floor of the whole schedule on an H200, {'x'.join(map(str, size))}\n\nComputed, not measured: "
+          f"{H200['float32']:g} TFLOP/s float32, {H200['bfloat16']:g} bfloat16, {H200['memory']:g} TB/s.\n\n"
+          "| stage | steps | part | GFLOP | GB | float32 ms | bfloat16 ms |\n|---|---|---|---|---|---|---|")
+    totals = {"float32": 0.0, "bfloat16": 0.0}
+    for stage in PAPER.stages:
+        count = stage.steps + stage.reproduce
+        scaled = tuple(max(4, round(n * stage.scale)) for n in size)
+        n = stage.kernel_size**3
+        for part, flops, traffic in work(scaled, stage.kernel_size, round(2.5 * n * n + 3.5 * n)):
+            exact = 1e3 * max(flops / (H200["float32"] * 1e12), traffic / (H200["memory"] * 1e12))
+            low = exact
+            if stage is PAPER.stages[-1] and part.startswith("Gx forward"):
+                low = 1e3 * max(flops / (H200["bfloat16"] * 1e12), traffic / 2 / (H200["memory"] * 1e12))
+            totals["float32"] += count * exact / 1e3
+            totals["bfloat16"] += count * low / 1e3
+            print(f"| {stage.name} | {count} | {part} | {flops / 1e9:.2f} | {traffic / 1e9:.3f} | {exact:.3f} | "
+                  f"{low:.3f} |")
+    print(f"| whole | {PAPER.steps} | | | | {totals['float32']:.0f} s | {totals['bfloat16']:.0f} s |")
 
 
 def gx_work(gx: Gx, z: Tensor) -> tuple[int, int]:
@@ -161,7 +201,11 @@ def main() -> None:
     parser.add_argument("--size", action="append", help="DxHxW of the PET volume; may be repeated")
     parser.add_argument("--steps", type=int, default=3, help="timed steps for each row")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--h200", metavar="DxHxW", help="print the floor for an H200 and end")
     arguments = parser.parse_args()
+    if arguments.h200:
+        h200(tuple(int(n) for n in arguments.h200.split("x")))
+        return
     torch.set_num_threads(arguments.threads)
     gflops, gbytes = machine()
     print(f"## NBD step time\n\n{platform.processor() or platform.machine()}, {arguments.threads} threads, torch "
