@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from deconv.spherefinder import Blob, find_spheres
-from deconv.spherefit import Fit, Start, fit_spheres
+from deconv.spherefit import Fit, Start, diameters_shown, fit_spheres
 from deconv.volume import Volume
 
 __all__ = ["MeasuredPsf", "MeasuredSphere", "measure_psf"]
@@ -37,6 +37,7 @@ NARROWEST_MM, WIDEST_MM = 2.0, 15.0
 LEAST_SD_MM, LEAST_SKEW_SD = 0.03, 0.01  # what the model itself is good for
 FAINTEST_KNOWN = 0.08  # response of a sphere whose diameter is given, as a part of the strongest
 WORST_RESIDUAL = 0.35
+SHOWS_SIZE, WRONG_SIZE = 1.5, 0.15  # FWHM; part of the diameter
 LARGEST_OFFSET_MM = 6.0
 
 
@@ -113,6 +114,8 @@ def measure_psf(
     fit = fit_spheres(image, spacing, starts, shared_activity=shared, wall_mm=wall_mm, fit_skew=fit_skew)
     psf = _measured(fit, volume)
     _require_credible(psf, starts)
+    if shared and diameters_mm is not None:
+        _require_diameters(psf, diameters_shown(image, spacing, fit, shared_activity=shared, wall_mm=wall_mm))
     return psf
 
 
@@ -191,6 +194,15 @@ def _require_credible(psf: MeasuredPsf, starts: Sequence[Start]) -> None:
             if moved > LARGEST_OFFSET_MM + sphere.diameter_mm / 4:
                 raise ValueError(f"no sphere of {sphere.diameter_mm:g} mm lies at its place: the fit left by "
                                  f"{moved:.0f} mm")
+
+
+def _require_diameters(psf: MeasuredPsf, shown: Sequence[float]) -> None:
+    """The spheres that are large enough to show their size must show the one that was given."""
+    wrong = [(sphere.diameter_mm, size) for sphere, size in zip(psf.spheres, shown, strict=True)
+             if sphere.diameter_mm > SHOWS_SIZE * max(psf.fwhm_mm) and abs(size / sphere.diameter_mm - 1) > WRONG_SIZE]
+    if wrong:
+        text = ", ".join(f"{size:.0f} mm for {given:g} mm" for given, size in wrong)
+        raise ValueError(f"the diameters given do not describe the image, which shows {text}")
 
 
 def _three(values: Sequence[float] | Array) -> Float3:

@@ -12,7 +12,7 @@ from scipy import fft, optimize, stats
 
 from deconv.spheremodel import Window
 
-__all__ = ["Fit", "FittedSphere", "Start", "fit_spheres"]
+__all__ = ["Fit", "FittedSphere", "Start", "diameters_shown", "fit_spheres"]
 
 Array = NDArray[np.float64]
 LOG_FWHM = (np.log(2.0), np.log(15.0))
@@ -182,6 +182,15 @@ def fit_spheres(
     start = fine.joined(found[:3], locals_)
     fine.balls = _weighted(rough, found, fine, start)
     return _finished(fine, _solved(fine, start), notes)
+
+
+def diameters_shown(image: Array, spacing: Array, fit: Fit, *, shared_activity: bool, wall_mm: float) -> list[float]:
+    """The diameters (mm) that the image itself shows, where `fit` took them as known."""
+    starts = [Start(one.centre_mm, one.diameter_mm, False) for one in fit.spheres]
+    width = float(np.exp(fit.log_fwhm.mean()))
+    problem = _problem(image, spacing, starts, width, wall_mm, shared_activity, False, fit.spheres[0].activity)
+    found = _solved(problem, _guess(problem))
+    return [float(start.diameter_mm * np.exp(problem.split(found, i)[1][3])) for i, start in enumerate(starts)]
 
 
 # --- the steps of the fit
