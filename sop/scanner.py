@@ -70,11 +70,6 @@ class ScannerKey:
     def as_dict(self) -> dict[str, str]:
         return asdict(self)
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, str]) -> ScannerKey:
-        """Raises ValueError, naming what exists, for a name that is no part of a key."""
-        return cls().with_values(values)
-
     def with_values(self, values: Mapping[str, str]) -> ScannerKey:
         """This key with some parts replaced by what a person says. Raises ValueError for an unknown part."""
         known = {field.name for field in fields(self)}
