@@ -49,7 +49,8 @@ def blurred_pet() -> list[Dataset]:
 
 def run(tmp_path: Path, pet: list[Dataset], ct: list[Dataset] | None = None, **options: Any) -> Outcome:
     guide = saved(tmp_path / "ct", ct) if ct else []
-    settings: dict[str, Any] = {"method": "tv", "preset": "quick", "device": "cpu", "threads": 1, "naming": NAMING, "now": NOW}
+    settings: dict[str, Any] = {"method": "tv", "preset": "quick", "device": "cpu", "threads": 1, "naming": NAMING,
+                                "now": NOW}
     settings |= options
     return process(saved(tmp_path / "pet", pet), guide, tmp_path / "out", **settings)
 
@@ -269,7 +270,7 @@ def test_the_child_speaks_json_lines_only_and_leaves_when_its_parent_lets_go(tmp
     order = tmp_path / "order.json"
     order.write_text(json.dumps({"pet_files": [], "guide_files": [], "method": "tv", "preset": "quick", "settings": {},
                                  "device": "cpu", "threads": 1, "derivation": NAMING, "guide_required": False,
-                                 "now": 1.0}))
+                                 "checkpoints": str(tmp_path / "kept"), "now": 1.0}))
     child = subprocess.Popen([sys.executable, "-m", "dicomnode.pipeline", str(order)], cwd=REPOSITORY,
                              stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert child.stdin is not None and child.stdout is not None
