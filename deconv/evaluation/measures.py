@@ -24,6 +24,7 @@ from deconv.metrics import (
     recovery_coefficients,
 )
 from deconv.phantoms import Phantom, average_pool, psf_kernel
+from deconv.quality.brisque import brisque_volume
 from deconv.thresholds import table6
 
 __all__ = ["Truth", "calibration", "figures", "overshoot", "reference_kernel", "spread"]
@@ -77,6 +78,7 @@ def figures(
         "activity_change": activity_change(image, phantom.measured.array),
         "background_cv": _background_cv(truth, image),
         **overshoot(image, true, truth.hot),
+        "brisque": brisque_volume(phantom.truth.with_array(image), window=(0.0, float(true.max()))),
         "table6": [asdict(line) for line in table6(image, phantom)] if truth.case.phantom == "spheres" else [],
         "uncertainty": None if uncertainty is None else calibration(image, true, uncertainty, truth.hot),
     }

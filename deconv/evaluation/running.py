@@ -9,7 +9,8 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from deconv.evaluation.methods import PAPER, VARIANTS, Variant, chosen_methods
 from deconv.evaluation.rows import Arrays, Row, Store, key_of, rulers_digest
 from deconv.result import Cancelled, OnStep
 
-__all__ = ["Evaluation", "PeakMemory", "Plan", "evaluate", "machine", "plan_of"]
+__all__ = ["Evaluation", "PeakMemory", "Plan", "evaluate", "machine", "plan_of", "threads"]
 
 Say = Callable[[str], None]
 
@@ -107,19 +108,26 @@ def evaluate(plan: Plan, store: Store, *, say: Say = lambda line: None, on_step:
     for line in skipped:
         say(line)
     jobs = [(v, seed) for v in variants if v.exists for seed in (plan.seeds if v.seeded else plan.seeds[:1])]
-    before = torch.get_num_threads()
-    torch.set_num_threads(plan.threads)
     rows: list[Row] = []
-    try:
+    with threads(plan.threads):
         for number, case in enumerate(plan.cases):
             truth = Truth.of(case)
             for i, (variant, seed) in enumerate(jobs):
                 row, kept = _row(plan, truth, variant, seed, store, on_step)
                 rows.append(row)
                 say(f"[{number * len(jobs) + i + 1}/{len(plan.cases) * len(jobs)}] {_line(row, kept)}")
+    return Evaluation(plan, tuple(rows), store, machine(plan), tuple(skipped))
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Torch on `count` threads; afterwards on as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
     finally:
         torch.set_num_threads(before)
-    return Evaluation(plan, tuple(rows), store, machine(plan), tuple(skipped))
 
 
 def machine(plan: Plan) -> dict[str, Any]:

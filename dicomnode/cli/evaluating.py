@@ -23,12 +23,15 @@ def evaluate(
     resume: Annotated[bool, typer.Option("--resume/--fresh", help="Keep earlier runs, or run all again.")] = True,
     paper_fraction: Annotated[float | None, typer.Option(
         min=0.0, max=1.0, help="Include `paper`, with this part of its schedule; the whole takes hours.")] = None,
+    kernels: Annotated[bool, typer.Option(
+        "--kernels", help="Find the paper's pseudo-kernels again, too: four more runs of every blind method.")] = False,
     merge: Annotated[list[Path] | None, typer.Option(help="Take over rows of another --out folder.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Judge the methods on phantoms with known truth: tables, JSON and a page of pictures."""
     from deconv import evaluation
     from deconv.evaluation import report
+    from deconv.evaluation.kernels import kernel_checks
 
     try:
         plan = evaluation.plan_of(
@@ -43,11 +46,12 @@ def evaluate(
     for folder in merge or []:
         say(f"{store.merge(folder)} rows taken over from {folder}")
     found = evaluation.evaluate(plan, store, say=say)
-    report.write(found, out)
+    checks = kernel_checks(found, pseudo=kernels, say=say)
+    report.write(found, out, checks)
     if as_json:
-        print_json({"folder": str(out), **report.to_json(found)})
+        print_json({"folder": str(out), **report.to_json(found, checks)})
     else:
-        typer.echo(report.markdown(found))
+        typer.echo(report.markdown(found, checks))
         typer.echo(f"report.md, report.json and report.png lie in {out}")
 
 

@@ -10,11 +10,23 @@ import numpy as np
 import pytest
 
 import deconv
-from deconv.evaluation import SUITES, VARIANTS, Case, Plan, Row, Store, chosen_cases, chosen_methods, evaluate, plan_of
+from deconv.evaluation import (
+    SUITES,
+    VARIANTS,
+    Case,
+    Evaluation,
+    Plan,
+    Row,
+    Store,
+    chosen_cases,
+    chosen_methods,
+    evaluate,
+    plan_of,
+)
 from deconv.evaluation.measures import Truth, calibration, figures, overshoot, spread
 from deconv.evaluation.methods import QUICK
 from deconv.evaluation.report import markdown, to_json
-from deconv.evaluation.rows import code_digest
+from deconv.evaluation.rows import Arrays, code_digest, key_of
 from deconv.evaluation.running import PeakMemory
 from deconv.evaluation.summary import promises, spreads, summaries
 
@@ -227,11 +239,13 @@ def test_runs_are_measured_anew_where_the_rulers_changed(tmp_path: Path) -> None
     assert again.figures == done.figures and "kept" in lines[0] and again.wall_seconds == done.wall_seconds
 
 
-def test_a_key_tells_settings_and_measurements_apart(tmp_path: Path) -> None:
-    """Other noise, other seed of the case, other settings: other runs."""
-    cases = (TINY, replace(TINY, noise=0.1), replace(TINY, seed=1))
-    found = evaluate(Plan(cases, ("tv true PSF", "tv PSF 1 mm too wide")), Store(tmp_path))
-    assert len({r.key for r in found.rows}) == 6
+def test_a_key_tells_settings_and_measurements_apart() -> None:
+    """Another case, other measured bits, other settings, another device: other runs."""
+    phantoms = [replace(TINY, seed=seed).build().measured.array for seed in (0, 1)]
+    keys = {key_of(case.plain(), y, "tv", "default", settings, device)
+            for case, y in ((TINY, phantoms[0]), (replace(TINY, noise=0.1), phantoms[0]), (TINY, phantoms[1]))
+            for settings in ({"weight": 1}, {"weight": 2}) for device in ("cpu", "cuda")}
+    assert len(keys) == 12
 
 
 def test_code_that_a_method_does_not_use_is_not_in_its_digest() -> None:
@@ -318,13 +332,9 @@ def test_seeds_are_compared_on_the_same_measurement(tmp_path: Path) -> None:
     plan = Plan((TINY,), ("preview",), seeds=(0, 1))
     store = Store(tmp_path)
     truth = TINY.build().truth.array
-    from deconv.evaluation.rows import Arrays
-
     rows = [row("preview", TINY, seed=0), row("preview", TINY, seed=1)]
     for one, factor in zip(rows, (1.0, 1.04), strict=True):
         store.add(one, Arrays((factor * truth).astype(np.float32)))
-    from deconv.evaluation import Evaluation
-
     found = spreads(Evaluation(plan, tuple(rows), store, {}))
     assert len(found) == 1 and found[0].value == pytest.approx(0.04, rel=1e-3)
     said = {one.text: one for one in promises(rows, found, "preview")}["seed-to-seed NRMSE"]
