@@ -152,3 +152,17 @@ def test_a_name_that_is_no_file_name_is_refused(tmp_path: Path, name: str):
     """Before anything is written outside the folder."""
     with pytest.raises(ValueError, match="name"):
         Checkpoints(tmp_path).of(name, *SOURCE)
+
+
+def test_a_finished_job_leaves_nothing_of_its_own(tmp_path: Path):
+    """clear removes every run's states and the folder, unless something else lies in it; no folder is no error."""
+    checkpoints = Checkpoints(tmp_path / "job", every_s=0)
+    checkpoints.clear()
+    for name in ("one", "two"):
+        checkpoints.of(name, *SOURCE).offer(lambda: STATE)
+    checkpoints.clear()
+    assert not (tmp_path / "job").exists()
+    checkpoints.of("one", *SOURCE).offer(lambda: STATE)
+    (tmp_path / "job" / "notes.txt").write_text("mine")
+    checkpoints.clear()
+    assert [path.name for path in (tmp_path / "job").iterdir()] == ["notes.txt"]
