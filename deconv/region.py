@@ -272,7 +272,7 @@ class _Silhouette:
             return None
         logs = np.log(np.maximum(smooth, 1e-4 * top))
         body = logs > _otsu(logs)
-        if not body.any() or np.median(logs[body]) - np.median(logs[~body]) < np.log(10.0):
+        if body.all() or not body.any() or np.median(logs[body]) - np.median(logs[~body]) < np.log(10.0):
             return None
         tissue = float(np.median(smooth[body]))
         mask = smooth > BODY_SHARE * tissue
