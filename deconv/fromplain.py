@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
+from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -56,10 +57,10 @@ def _as(kind: Any, value: Any, where: str) -> Any:
     elif kind in (NoneType, None):
         if value is None:
             return value
-    elif kind is float:
-        if isinstance(value, float | int) and not isinstance(value, bool):
-            return float(value)
-    elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+    elif kind in (float, int):  # numpy's numbers, too
+        if isinstance(value, Real if kind is float else Integral) and not isinstance(value, bool):
+            return kind(value)
+    elif isinstance(value, kind):
         return value
     raise ValueError(f"{where} is {_name(kind)}, got {value!r}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -72,3 +73,11 @@ def test_a_list_of_the_wrong_length_is_refused():
     """Three numbers, one for each axis."""
     with pytest.raises(ValueError, match="region_voxels is a list of 3, got 2"):
         nbd.settings("preview", region_voxels=[24, 40])
+
+
+def test_numbers_of_numpy_become_plain_ones():
+    """A loop over np.arange is no reason to refuse, nor for settings that JSON cannot hold."""
+    found = nbd.settings("paper", seed=np.int64(3), learning_rate_x=np.float32(0.5))
+    assert json.loads(json.dumps(plain(found)))["seed"] == 3 and type(found.seed) is int
+    with pytest.raises(ValueError, match="seed is a whole number"):
+        nbd.settings("paper", seed=np.float64(3))
