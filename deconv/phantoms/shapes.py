@@ -90,8 +90,14 @@ class Ellipsoid:
     def contains(self, points: Array) -> NDArray[np.bool_]:
         """(n,) whether points (n, 3) lie inside."""
         away = points - self.centre if self.turn is None else (points - self.centre) @ self.turn.T
-        bound = 1.0 + self.bump_size * self.bumps.at(points)
-        return np.asarray(np.sum((away / self.radii) ** 2, axis=-1) <= np.maximum(bound, 0.0) ** 2)
+        squared = np.sum((away / self.radii) ** 2, axis=-1)
+        inside = np.asarray(squared <= 1.0)
+        if self.bump_size:  # bumps decide in a shell only; no sum of waves exceeds sqrt(2 count)
+            most = self.bump_size * np.sqrt(2 * len(self.bumps.phases))
+            near = (squared > max(1.0 - most, 0.0) ** 2) & (squared <= (1.0 + most) ** 2)
+            bound = 1.0 + self.bump_size * self.bumps.at(points[near])
+            inside[near] = squared[near] <= np.maximum(bound, 0.0) ** 2
+        return inside
 
     def bounds(self) -> tuple[Array, Array]:
         """Lowest and highest mm along (D, H, W); a bump of more than 3.5 standard deviations is cut off."""
