@@ -133,16 +133,18 @@ def _case_tables(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         name = f"{row.method}, seed {row.seed}" if VARIANTS[row.variant].seeded else row.method
         if row.failed:
-            body.append((name, f"failed: {row.failed}", *["-"] * 9))
+            body.append((name, f"failed: {row.failed}", *["-"] * 10))
             continue
         f = row.figures
         body.append((
             name, f"{f['nrmse']:.3f}", _number(f["kernel_inner_product"], ".3f"), _triple(f["fwhm_error_mm"]),
+            _triple(f["skewness_error"]),
             _number(f["centroid_voxels"], ".2f"), _number(f["background_cv"], ".3f"),
             f"{f['overshoot']:+.2f} / {f['overshoot_local']:+.2f}", f"{100 * f['activity_change']:+.4f} %",
             f"{f['brisque']:.1f}", f"{row.cpu_seconds:.1f}", f"{row.peak_mb:.0f}"))
-    lines = _table(("method", "NRMSE", "kernel inner product", "FWHM error D H W mm", "centroid voxels",
-                    "background CV", "overshoot / local", "activity change", "BRISQUE", "CPU s", "peak MB"), body)
+    lines = _table(("method", "NRMSE", "kernel inner product", "FWHM error D H W mm", "skewness error D H W",
+                    "centroid voxels", "background CV", "overshoot / local", "activity change", "BRISQUE", "CPU s",
+                    "peak MB"), body)
     good = [row for row in rows if not row.failed]
     for table in (_recovery_table(good), *_threshold_tables(good), _uncertainty_table(good)):
         lines += ["", *table] if table else []

@@ -22,7 +22,7 @@ from deconv.evaluation.cases import Case, chosen_cases
 from deconv.evaluation.measures import Truth, figures
 from deconv.evaluation.methods import PAPER, VARIANTS, Variant, chosen_methods
 from deconv.evaluation.rows import Arrays, Row, Store, key_of, rulers_digest
-from deconv.result import Cancelled, OnStep
+from deconv.result import OnStep
 
 __all__ = ["Evaluation", "PeakMemory", "Plan", "evaluate", "machine", "plan_of", "threads"]
 
@@ -180,25 +180,28 @@ def _row(
     settings = variant.settings(truth.case, seed, plan.paper_fraction)
     key = key_of(truth.case.plain(), truth.phantom.measured.array, variant.method, variant.preset, asdict(settings),
                  plan.device)
-    kept = None if plan.fresh else store.get(key)
+    kept = None if plan.fresh else _kept(plan, truth, variant, key, store)
     if kept is not None:
-        return _in_todays_terms(plan, truth, variant, kept, store), True
+        return kept, True
     row = Row(key, truth.case.plain(), truth.case.label, plan.label(variant), variant.label, seed, device=plan.device,
               threads=plan.threads)
     try:
         row, arrays = _run(row, truth, variant, settings, on_step)
-    except Cancelled:
-        raise
     except (ValueError, ArithmeticError, MemoryError, RuntimeError) as error:  # one failure ends no night's benchmark
         return replace(row, failed=f"{type(error).__name__}: {error}"), False
     store.add(row, arrays)
     return row, False
 
 
-def _in_todays_terms(plan: Plan, truth: Truth, variant: Variant, row: Row, store: Store) -> Row:
-    """A kept row, measured anew where the rulers have changed since."""
-    arrays = store.arrays(row.key) if row.rulers != rulers_digest() else None
-    if arrays is not None:
+def _kept(plan: Plan, truth: Truth, variant: Variant, key: str, store: Store) -> Row | None:
+    """The row of that key, measured anew where the rulers have changed since; None where it cannot be had."""
+    row = store.get(key)
+    if row is None:
+        return None
+    if row.rulers != rulers_digest():
+        arrays = store.arrays(key)
+        if arrays is None:
+            return None  # it came without its image: only a new run can tell
         found = figures(truth, arrays.image, arrays.kernel, arrays.uncertainty, row.own)
         row = store.remeasured(row, found, rulers_digest())
     return replace(row, method=plan.label(variant), case_label=truth.case.label)

@@ -41,8 +41,9 @@ def _stored(name: str) -> Callable[[Row], float | None]:
     return lambda row: figure_of(row, name)
 
 
-def _fwhm_error(row: Row) -> float | None:
-    errors = row.figures.get("fwhm_error_mm")
+def _largest(row: Row, name: str) -> float | None:
+    """The largest absolute value of a figure that holds one number an axis."""
+    errors = row.figures.get(name)
     return None if errors is None else max(map(abs, errors))
 
 
@@ -56,7 +57,8 @@ def _rc_max_off(row: Row, from_mm: float = 10.0) -> float | None:
 FIGURES: tuple[Figure, ...] = (
     Figure("nrmse", "NRMSE", _stored("nrmse")),
     Figure("kernel_inner_product", "kernel inner product", _stored("kernel_inner_product"), min),
-    Figure("fwhm_error_mm", "largest FWHM error mm", _fwhm_error, format=".2f"),
+    Figure("fwhm_error_mm", "largest FWHM error mm", lambda row: _largest(row, "fwhm_error_mm"), format=".2f"),
+    Figure("skewness_error", "largest skewness error", lambda row: _largest(row, "skewness_error"), format=".2f"),
     Figure("rc_max_off", "RC_max off 1, ≥ 10 mm", _rc_max_off),
     Figure("overshoot_local", "overshoot, local", _stored("overshoot_local")),
     Figure("background_cv", "background CV", _stored("background_cv")),

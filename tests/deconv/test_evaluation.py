@@ -23,7 +23,7 @@ from deconv.evaluation import (
     evaluate,
     plan_of,
 )
-from deconv.evaluation.measures import Truth, calibration, figures, overshoot, spread
+from deconv.evaluation.measures import Truth, calibration, figures, overshoot, skewness, spread
 from deconv.evaluation.methods import QUICK
 from deconv.evaluation.report import markdown, to_json
 from deconv.evaluation.rows import Arrays, code_digest, key_of
@@ -125,7 +125,7 @@ def test_the_truth_itself_scores_no_error(truth: Truth) -> None:
     found = figures(truth, truth.phantom.truth.array, truth.kernel.astype(np.float32), None, {})
     assert found["nrmse"] == 0 and found["overshoot"] == 0 and found["background_cv"] == pytest.approx(0, abs=1e-6)
     assert found["kernel_inner_product"] == pytest.approx(1) and found["centroid_voxels"] == pytest.approx(0, abs=1e-5)
-    assert np.abs(found["fwhm_error_mm"]).max() < 1e-3
+    assert np.abs(found["fwhm_error_mm"]).max() < 1e-3 and np.abs(found["skewness_error"]).max() < 1e-3
     assert found["recovery"][0]["max"] == pytest.approx(1, abs=1e-3) and found["uncertainty"] is None
 
 
@@ -160,6 +160,7 @@ def test_the_reference_kernel_is_skewed_as_the_scanner_is(axis: int) -> None:
 
     truth = Truth.of(replace(TINY, skew=0.4, skew_axis=axis))
     pooled, y = average_pool(truth.phantom.truth.array.astype(np.float64)), truth.phantom.measured.array
+    assert [abs(value) > 0.2 for value in skewness(truth.kernel)] == [a == axis for a in range(3)]
     inside = (slice(3, -3),) * 3
     off = [np.sqrt(np.mean((ndimage.convolve(pooled, k, mode="nearest") - y)[inside] ** 2)) / y.max()
            for k in (truth.kernel, np.flip(truth.kernel, axis))]
@@ -230,13 +231,17 @@ def test_rows_of_another_machine_can_be_merged(tmp_path: Path) -> None:
 
 
 def test_runs_are_measured_anew_where_the_rulers_changed(tmp_path: Path) -> None:
-    """Without running the method again."""
+    """Without running the method again, where its image was kept; else it is run again."""
     store = Store(tmp_path)
     done = evaluate(tiny_plan("cubic"), store).rows[0]
     store.remeasured(done, {"nrmse": 9.0}, "an older ruler")
     lines: list[str] = []
     again = evaluate(tiny_plan("cubic"), Store(tmp_path), say=lines.append).rows[0]
     assert again.figures == done.figures and "kept" in lines[0] and again.wall_seconds == done.wall_seconds
+    store.remeasured(done, {"nrmse": 9.0}, "an older ruler")
+    (tmp_path / "arrays" / f"{done.key}.npz").unlink()
+    without = evaluate(tiny_plan("cubic"), Store(tmp_path), say=lines.append).rows[0]
+    assert without.figures == done.figures and "kept" not in lines[-1]
 
 
 def test_a_key_tells_settings_and_measurements_apart() -> None:
