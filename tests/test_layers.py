@@ -26,6 +26,8 @@ FORBIDDEN = {
                      "dicomnode/ctchoice.py", "dicomnode/arrival.py", "dicomnode/headers.py", "dicomnode/routing.py"),
                     ("torch", "pynetdicom", "dicomnode.ledger", "dicomnode.spool", "dicomnode.config", "time",
                      "socket")),
+    "dicomnode/psflibrary.py": ("torch", "pynetdicom", "dicomnode.cli", "dicomnode.pipeline", "dicomnode.matcher",
+                                "dicomnode.executor", "dicomnode.config"),
     "dicomnode/views.py": ("torch", "pydicom", "pynetdicom", "deconv", "sop"),
     "dicomnode/operate.py": ("torch", "pydicom", "pynetdicom", "deconv", "sop"),
     "dicomnode/scp.py": ("torch", "deconv", "dicomnode.pipeline", "dicomnode.matcher", "dicomnode.executor"),
