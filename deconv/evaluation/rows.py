@@ -2,8 +2,8 @@
 
 A run is known by a key over all that determines its result: the case and the bits measured, the method with its full
 settings, the device, the code that computes it, and torch's version. Code is read without comments and docstrings, and
-only what the method imports: a sentence mended in another method throws away no night's work. Figures are not part of
-the key: where the rulers have changed, runs are measured anew from their arrays.
+only what the method imports, with its weights: a sentence mended in another method throws away no night's work.
+Figures are not part of the key: where the rulers have changed, runs are measured anew from their arrays.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ _ROOTS: Mapping[tuple[str, str], tuple[str, ...]] = {
 }
 #: the phantom's bits are in the key, and figures are measured anew
 _NOT_READ = {"deconv.phantoms", "deconv.metrics"}
+#: module -> folder of the data that decide what it does
+_DATA: Mapping[str, str] = {"deconv.psfnet": "weights", "deconv.quality.brisque": "quality/brisque_model"}
 _RULERS = ("deconv.evaluation.measures",)
 
 
@@ -177,7 +179,10 @@ def _digest_of(roots: Sequence[str], not_read: set[str]) -> str:
             continue
         tree = ast.parse(path.read_text(encoding="utf-8"))
         waiting += _imported(tree)
-        seen[module] = hashlib.sha256(ast.dump(_without_docstrings(tree)).encode()).hexdigest()
+        said = hashlib.sha256(ast.dump(_without_docstrings(tree)).encode())
+        for data in sorted((_PACKAGE / _DATA[module]).glob("*")) if module in _DATA else []:
+            said.update(data.name.encode() + data.read_bytes())
+        seen[module] = said.hexdigest()
     return hashlib.sha256(json.dumps(seen, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -23,6 +23,7 @@ from deconv.evaluation import (
     evaluate,
     plan_of,
 )
+from deconv.evaluation import rows as rows_module
 from deconv.evaluation.measures import Truth, calibration, figures, overshoot, skewness, spread
 from deconv.evaluation.methods import QUICK
 from deconv.evaluation.report import markdown, to_json
@@ -258,6 +259,18 @@ def test_code_that_a_method_does_not_use_is_not_in_its_digest() -> None:
     code_digest.cache_clear()
     digests = {code_digest("nbd", "paper"), code_digest("nbd", "preview"), code_digest("cubic", "default")}
     assert len(digests) == 3 and code_digest("tv", "default") == code_digest("cubic", "default")
+
+
+def test_other_weights_are_another_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was taught enters the key as code does."""
+    monkeypatch.setattr(rows_module, "_DATA", {"deconv.tv": str(tmp_path)})
+    found = []
+    for weights in (b"", b"taught", b"taught again"):
+        (tmp_path / "net.npz").write_bytes(weights)
+        code_digest.cache_clear()
+        found.append((code_digest("tv", "default"), code_digest("nbd", "paper")))
+    code_digest.cache_clear()
+    assert len({tv for tv, _ in found}) == 3 and len({paper for _, paper in found}) == 1
 
 
 def test_what_this_version_does_not_have_is_left_out_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
