@@ -45,10 +45,10 @@ BACKGROUND_SLICES_MM = (-20.0, -10.0, 0.0, 10.0, 20.0)
 CLEARANCE_MM = 15.0  # of a background circle from the phantom's edge and from every sphere
 HALF_LENGTH_MM = 45.0  # of the part of the phantom that is deblurred
 SUBSAMPLES = 8
-PRESETS = {"source": None, "cubic": ("cubic", "default"), "tv": ("tv", "default"),
+PRESETS = {"source": None, "cubic": ("cubic", "default"), "tv": ("tv", "default"), "tv-6mm": ("tv", "default"),
            "richardson-lucy": ("richardson-lucy", "default"), "preview": ("nbd", "preview"), "best": ("nbd", "best"),
            "paper": ("nbd", "paper")}
-TAKES_PSF = ("tv", "richardson-lucy", "best")
+TAKES_PSF = ("tv", "richardson-lucy", "best")  # "tv-6mm": the width that TV takes where nothing is known
 
 
 @dataclass(frozen=True)
@@ -238,7 +238,7 @@ def deblurred(volume: Volume, name: str, psf: dict[str, Any]) -> Volume:
     if name in TAKES_PSF and psf:
         overrides = {"psf_fwhm_mm": tuple(psf["fwhm_mm"])}
         if name == "best":
-            overrides |= {"psf": "prior", "psf_log_sd": max(0.04, *psf["log_sd"]), "psf_source": "calibration"}
+            overrides |= {"psf": "known", "psf_log_sd": max(0.04, *psf["log_sd"]), "psf_source": "calibration"}
     return door.deconvolve(volume, door.settings(preset[1], **overrides), device="cpu").image
 
 

@@ -6,7 +6,8 @@ Each sphere is fitted as `deconv.spheremodel` shows it, all together by weighted
     shared: ln w (FWHM along D, H, W), skew k along D, H, W, and the activity A unless it is free
     for each sphere: centre c, background b and its gradient g; the diameter D and the activity A where they are free
 
-The weights follow the noise that the residual shows, s² = a + b m². Standard errors are the larger of two:
+The weights follow the noise that the residual shows, s² = a + b m². Standard errors add two parts in
+quadrature, as each alone covered the truth too seldom on phantoms:
 
     noise    H⁻¹ (Jᵀ R J) H⁻¹, R the autocorrelation of the residual: the noise of reconstructed PET is not white
     scatter  H⁻¹ (Σ u uᵀ) H⁻¹ n / (n − 1), u the score of each of the n spheres: how much the spheres disagree;

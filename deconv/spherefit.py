@@ -309,7 +309,7 @@ def _finished(problem: _Problem, found: Array, notes: tuple[str, ...]) -> Fit:
 
 
 def _standard_errors(problem: _Problem, found: Array) -> Array:
-    """(parameters,) the larger of the noise's and the scatter's; see deconv/calibration.py."""
+    """(parameters,) the noise's and the scatter's in quadrature; see deconv/calibration.py."""
     residuals = [problem.residual_of(found, i) for i in range(len(problem.balls))]
     jacobians = [problem.jacobian_of(found, i) for i in range(len(problem.balls))]
     inverse = np.linalg.pinv(sum(j.T @ j for j in jacobians))
@@ -326,7 +326,7 @@ def _standard_errors(problem: _Problem, found: Array) -> Array:
         count = len(scores)
         few = stats.t.ppf(0.975, max(count - 1, 2)) / stats.norm.ppf(0.975)  # two standard errors are to hold 95 %
         scatter = (scores**2).sum(axis=0) * count / (count - 1)
-        variance = np.maximum(variance, few**2 * scatter)
+        variance = variance + few**2 * scatter
     return np.sqrt(np.maximum(variance, 0.0))
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import sqlite3
+import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,8 @@ import pytest
 
 from deconv.calibration import MeasuredPsf
 from dicomnode.errors import ConfigError, NotFound
-from dicomnode.ledger import SCHEMA_VERSION, Ledger
+from dicomnode.executor import Executor
+from dicomnode.ledger import SCHEMA_VERSION, Ledger, NewJob
 from dicomnode.psflibrary import PsfMissing, combined, from_file, keep_found, keep_measured, listing, resolve, to_json
 from sop.scanner import ScannerKey, scanner_key
 from tests.factories import pet_series
@@ -274,6 +277,31 @@ def test_a_job_is_made_with_the_calibrated_psf_and_keeps_it(tmp_path: Path) -> N
         (job,), (later,) = (line.ledger.jobs_of_series(uid) for uid in (first, second))
         assert job["settings"]["psf_fwhm_mm"] == [5.0, 5.0, 6.0]
         assert later["settings"]["psf_fwhm_mm"] == [6.0, 6.0, 7.0]
+
+
+def test_what_a_finished_job_found_is_entered_with_its_series(tmp_path: Path) -> None:
+    """In the same transaction as the derived series; what a second job finds is a second row."""
+    program = (
+        "import json, pathlib, sys\n"
+        "order = pathlib.Path(sys.argv[1]); folder = order.parent / 'derived.tmp'; folder.mkdir()\n"
+        "(folder / '0.dcm').write_bytes(b'derived')\n"
+        f"report = {found(6.0, series_uid='1.1')[1]!r} | {{'derived_instances': 1}}\n"
+        "print(json.dumps({'kind': 'built', 'report': report}), flush=True)\n")
+    with Line(tmp_path, route=TV_ROUTE) as line:
+        uid = line.receive(series())
+        line.ledger.set_series(uid, "complete", now=line.now)
+        inputs = tuple(row["sop_instance_uid"] for row in line.ledger.instances(uid))
+        line.ledger.add_job(NewJob("id", uid, "1.2", None, "all-pet", "nbd", "best", {}, ("PACS",), inputs),
+                            now=line.now)
+        executor = Executor(line.config, line.ledger, line.spool, clock=line.clock,
+                            command=(sys.executable, "-I", "-c", program))
+        job = line.ledger.claim(executor._owner, now=line.now, lease_s=60)
+        assert job is not None
+        executor.run_job(job, threading.Event())
+        (row,) = line.ledger.psfs(KEY.as_dict())
+        assert line.ledger.job(job["id"])["state"] == "built"
+        assert (row["kind"], row["source"], row["job_id"], row["series_uid"]) == ("found", "2.25.1.1", job["id"], uid)
+        assert row["fwhm_mm"] == [6.0, 6.0, 6.0]
 
 
 def test_without_the_measurement_that_a_route_asks_for_the_series_is_held(tmp_path: Path) -> None:
