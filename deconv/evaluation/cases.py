@@ -106,7 +106,7 @@ def _variations(usual: Case) -> tuple[Case, ...]:
 
 _SPHERES = Case("spheres", (24, 48, 48))
 _HEAD = Case("head-and-neck", (32, 48, 48))
-_BODY = Case("whole-body", (64, 48, 48), spacing=(4.0, 4.0, 4.0), noise_fwhm_mm=5.0)
+_BODY = Case("whole-body", (80, 34, 48), spacing=(5.0, 5.0, 5.0), noise_fwhm_mm=6.0)
 _COARSE: Float3 = (4.0, 4.0, 4.0)
 _GE: Float3 = (3.27, 5.47, 5.47)
 

@@ -21,9 +21,10 @@ from deconv.metrics import (
     kernel_fwhm_mm,
     kernel_inner_product,
     nrmse,
+    recovery,
     recovery_coefficients,
 )
-from deconv.phantoms import Phantom, average_pool, psf_kernel
+from deconv.phantoms import Lesion, Phantom, average_pool, psf_kernel
 from deconv.quality.brisque import brisque_volume
 from deconv.thresholds import table6
 
@@ -75,6 +76,7 @@ def figures(
     found: dict[str, Any] = {
         "nrmse": nrmse(image, true),
         "recovery": [asdict(one) for one in recovery_coefficients(image, phantom)],
+        "lesions": [{"name": one.name, **_recovered(image, phantom, one)} for one in phantom.lesions],
         "activity_change": activity_change(image, phantom.measured.array),
         "background_cv": _background_cv(truth, image),
         **overshoot(image, true, truth.hot),
@@ -83,6 +85,11 @@ def figures(
         "uncertainty": None if uncertainty is None else calibration(image, true, uncertainty, truth.hot),
     }
     return found | _kernel_figures(truth, kernel, own)
+
+
+def _recovered(image: NDArray[np.float32], phantom: Phantom, lesion: Lesion) -> dict[str, float]:
+    found = recovery(image, phantom.lesion_fraction(lesion), lesion.activity)
+    return {"mean": found.mean, "median": found.median, "max": found.max}
 
 
 def _kernel_figures(truth: Truth, kernel: NDArray[np.float32] | None, own: Mapping[str, float]) -> dict[str, Any]:

@@ -146,7 +146,7 @@ def _case_tables(rows: Sequence[Row]) -> list[str]:
                     "centroid voxels", "background CV", "overshoot / local", "activity change", "BRISQUE", "CPU s",
                     "peak MB"), body)
     good = [row for row in rows if not row.failed]
-    for table in (_recovery_table(good), *_threshold_tables(good), _uncertainty_table(good)):
+    for table in (_recovery_table(good), _lesion_table(good), *_threshold_tables(good), _uncertainty_table(good)):
         lines += ["", *table] if table else []
     return lines
 
@@ -157,6 +157,14 @@ def _recovery_table(rows: Sequence[Row]) -> list[str]:
     header = ("RC mean / median / max", *(f"{one['diameter_mm']:g} mm" for one in rows[0].figures["recovery"]))
     return _table(header, [(row.method, *(f"{one['mean']:.2f} / {one['median']:.2f} / {one['max']:.2f}"
                                           for one in row.figures["recovery"])) for row in rows])
+
+
+def _lesion_table(rows: Sequence[Row]) -> list[str]:
+    if not rows or not rows[0].figures["lesions"]:
+        return []
+    header = ("RC mean / max of lesions", *(one["name"] for one in rows[0].figures["lesions"]))
+    return _table(header, [(row.method, *(f"{one['mean']:.2f} / {one['max']:.2f}" for one in row.figures["lesions"]))
+                           for row in rows])
 
 
 def _threshold_tables(rows: Sequence[Row]) -> list[list[str]]:

@@ -66,12 +66,12 @@ def test_every_case_of_every_suite_is_told_apart_by_its_label() -> None:
 
 
 def test_the_full_suite_varies_what_it_promises() -> None:
-    """Widths, anisotropy, skew along each axis, three levels of noise, three voxel sizes, three phantoms."""
+    """Widths, anisotropy, skew along each axis, three levels of noise, four voxel sizes, three phantoms."""
     full = SUITES["full"]
     assert {4.5, 6.0, 7.5, (5.0, 6.5, 6.5)} <= {case.fwhm_mm for case in full}
     assert {0, 1, 2} <= {case.skew_axis for case in full if case.skew}
     assert {case.noise for case in full} == {0.0, 0.05, 0.1}
-    assert len({case.spacing for case in full}) == 3 == len({case.phantom for case in full})
+    assert len({case.spacing for case in full}) == 4 and len({case.phantom for case in full}) == 3
 
 
 def test_a_case_measures_the_same_bits_every_time() -> None:
@@ -141,6 +141,17 @@ def test_every_fault_shows_in_its_own_figure(truth: Truth) -> None:
     assert found["centroid_voxels"] == pytest.approx(1, abs=0.01) and found["kernel_inner_product"] < 0.95
     stated = figures(truth, image, truth.kernel.astype(np.float32), None, {f"psf_fwhm_{a}_mm": 7.0 for a in "dhw"})
     assert stated["fwhm_error_mm"] == [1.0, 1.0, 1.0]
+
+
+def test_lesions_of_other_shapes_are_judged_by_name(tmp_path: Path) -> None:
+    """On the whole body; the truth itself recovers the hot ones, and the report names them all."""
+    body = Truth.of(Case("whole-body", (64, 28, 38), spacing=(10.0, 10.0, 10.0)))
+    found = figures(body, body.phantom.truth.array, None, None, {})["lesions"]
+    assert len(found) == len(body.phantom.lesions) > 5 and len({one["name"] for one in found}) == len(found)
+    large = max(body.phantom.lesions, key=lambda one: body.phantom.lesion_fraction(one).sum())
+    assert next(one["max"] for one in found if one["name"] == large.name) == pytest.approx(1, abs=0.05)
+    done = evaluate(Plan((body.case,), ("nearest",)), Store(tmp_path))
+    assert all(one.name in markdown(done) for one in body.phantom.lesions)
 
 
 def test_a_small_faint_structure_that_comes_out_too_hot_is_seen() -> None:
