@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from deconv.calibration import MeasuredPsf
+from dicomnode.calibrate import deblur_overrides
 from dicomnode.errors import ConfigError, NotFound
 from dicomnode.executor import Executor
 from dicomnode.ledger import SCHEMA_VERSION, Ledger, NewJob
@@ -247,6 +248,17 @@ def test_a_file_gives_what_the_ledger_gives(ledger: Ledger, tmp_path: Path) -> N
     path.write_text(json.dumps(to_json(psf(5.0, skew=0.3), KEY, "1.9", "0")))
     kept = combined(ledger.psfs())
     assert kept is not None and from_file(path).overrides == kept.overrides
+
+
+def test_deblur_without_the_node_may_look_into_its_library(ledger: Ledger) -> None:
+    """The same settings as a route's; a scanner that nobody calibrated is refused with the remedy."""
+    keep(ledger, 5.0)
+    assert deblur_overrides("library", "tv", "default", header=header(), ledger=ledger) == {
+        "psf_fwhm_mm": [5.0, 5.0, 6.0], "psf_skew": [0.0, 0.0, 0.0]}
+    other = header()
+    other.ReconstructionMethod = "FBP"
+    with pytest.raises(ConfigError, match=r"no PSF of .*FBP.*calibrate"):
+        deblur_overrides("library", "tv", "default", header=other, ledger=ledger)
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1, 2]", '{"fwhm_mm": [1, 2], "log_sd": [0, 0, 0], "skew": [0, 0, 0], '
