@@ -180,7 +180,10 @@ def background_centres(image: Array, spacing: Array, balls: Sequence[Array]) -> 
 def analysed(name: str, image: Array, spacing: Array, balls: Sequence[Array], circles: Sequence[Array], *,
              contrast: float, seconds: float) -> Row:
     """`contrast`: a − 1, that of full recovery, in units of the background."""
-    discs, spheres, maxima, variability, means = [], [], [], [], []
+    discs: list[float] = []
+    spheres: list[float] = []
+    maxima: list[float] = []
+    variability, means = [], []
     middle = float(np.mean([ball[0] for ball in balls]))
     for ball, diameter in zip(balls, DIAMETERS_MM, strict=True):
         rois = [disc_mean(slice_at(image, spacing, middle + off), spacing[1:], circle, diameter)
