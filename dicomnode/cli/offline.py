@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from dicomnode.cli.options import JsonOption, console, open_ledger, print_json
+from dicomnode.cli.options import JsonOption, console, gigabytes, open_ledger, print_json
 from dicomnode.errors import Exit
 
 __all__ = ["deblur", "phantom", "verify"]
@@ -26,6 +26,10 @@ def deblur(
         help="PSF: found blind, of the node's library (--config), or a file that calibrate wrote.")] = "blind",
     config: Annotated[Path | None, typer.Option(
         "--config", "-c", help="The node whose library --psf library looks into.")] = None,
+    region: Annotated[str | None, typer.Option(
+        metavar="whole|body|head-neck|box:d0-d1,h0-h1,w0-w1",
+        help="What is deblurred (box: PET voxels); the source is interpolated elsewhere.")] = None,
+    memory: Annotated[str | None, typer.Option(metavar="8GB", help="Memory of the method; decides its tiles.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     seed: Annotated[int | None, typer.Option(help="Seed of the method.")] = None,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: all.")] = 0,
@@ -43,7 +47,9 @@ def deblur(
     offline.require_empty(out_dir)
     found = offline.find_series(in_dir)
     choice = offline.choose(found, series_uid=series, assume_units=assume_units is not None)
-    overrides = {name: value for name, value in (("psf_fwhm_mm", psf_fwhm_mm), ("seed", seed)) if value is not None}
+    asked = {"psf_fwhm_mm": psf_fwhm_mm, "seed": seed, "region": region,
+             "memory_gb": None if memory is None else gigabytes(memory)}
+    overrides = {name: value for name, value in asked.items() if value is not None}
     with open_ledger(config) if psf == "library" and config else nullcontext((None, None)) as (_, ledger):
         overrides |= deblur_overrides(psf, method, preset, header=choice.pet.header, ledger=ledger, stated=overrides)
     with method_progress(console(err=True)) as on_step:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from dicomnode.config import Config
     from dicomnode.ledger import Ledger
 
-__all__ = ["ConfigOption", "JsonOption", "console", "open_ledger", "print_json"]
+__all__ = ["ConfigOption", "JsonOption", "console", "gigabytes", "open_ledger", "print_json"]
 
 ConfigOption = Annotated[Path, typer.Option(
     "--config", "-c", envvar="DICOMNODE_CONFIG", show_default=True, help="The node's configuration (TOML).")]
@@ -38,6 +39,16 @@ def open_ledger(config_path: Path) -> Iterator[tuple[Config, Ledger]]:
         raise NotFound(f"no ledger in {config.node.data_dir}: this node never ran. Remedy: `dicomnode serve`.")
     with Ledger(path) as ledger:
         yield config, ledger
+
+
+def gigabytes(text: str) -> float:
+    """10^9 bytes in "8GB", "512MB" or "8". Raises ConfigError for anything else."""
+    from dicomnode.errors import ConfigError
+
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(MB|GB|TB|)\s*", text, re.IGNORECASE)
+    if match is None or float(match[1]) <= 0:
+        raise ConfigError(f"--memory takes a size such as 8GB or 512MB, got {text!r}")
+    return float(match[1]) * {"MB": 1e-3, "GB": 1.0, "TB": 1e3, "": 1.0}[match[2].upper()]
 
 
 def print_json(value: Any) -> None:

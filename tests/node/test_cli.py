@@ -212,6 +212,15 @@ def test_deblur_takes_a_folder_as_it_comes_and_verify_agrees(study, tmp_path):
     assert verified["ok"] and len(verified["items"]) >= 15
 
 
+def test_deblur_of_a_region_within_a_memory(study, tmp_path):
+    """Both reach the method and are recorded; a box that leaves the volume is refused."""
+    report = answer("deblur", study, tmp_path / "out", *TV, "--region", "body", "--memory", "512MB")
+    assert report["settings"]["region"] == "body" and report["settings"]["memory_gb"] == 0.512
+    assert report["settings"]["region_box"].startswith("box:0-")
+    outside = dicomnode("deblur", study, tmp_path / "none", *TV, "--region", "box:0-99,0-4,0-4")
+    assert outside.exit_code == 3 and "leaves the volume" in outside.stderr
+
+
 def test_verify_notices_a_missing_slice(study, tmp_path):
     """Exit code 1, and the finding is named."""
     answer("deblur", study, tmp_path / "out", *TV)
@@ -251,7 +260,10 @@ def test_deblur_says_why_nothing_qualifies(tmp_path):
 
 
 @pytest.mark.parametrize("options", [("--preset", "no such"), ("--method", "no such"), ("--method", "cubic", "--preset",
-                                     "default", "--psf-fwhm-mm", "6")])
+                                     "default", "--psf-fwhm-mm", "6"),
+                                     ("--method", "cubic", "--preset", "default", "--region", "body"),
+                                     ("--method", "cubic", "--preset", "default", "--memory", "1GB"),
+                                     (*TV, "--region", "leg"), (*TV, "--memory", "much"), (*TV, "--memory", "0")])
 def test_deblur_knows_usage_from_refusal(study, tmp_path, options):
     """An unknown preset, method or setting is a usage error, and what exists is listed."""
     result = dicomnode("deblur", study, tmp_path / "out", *options)
