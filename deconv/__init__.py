@@ -30,7 +30,7 @@ METHODS: Mapping[str, str] = {
 
 #: method name -> its presets, known without importing it; a configuration is checked against this
 PRESET_NAMES: Mapping[str, tuple[str, ...]] = {
-    "nbd": ("paper", "preview"),
+    "nbd": ("best", "paper", "preview"),
     "richardson-lucy": ("default",),
     "tv": ("default", "quick"),
     "cubic": ("default",),
@@ -41,7 +41,7 @@ PRESET_NAMES: Mapping[str, tuple[str, ...]] = {
 GUIDED: frozenset[tuple[str, str]] = frozenset({("nbd", "paper")})
 
 #: (method, preset) whose `deconvolve` takes `checkpoints` (deconv.checkpoint) and goes on where a killed run was
-RESUMABLE: frozenset[tuple[str, str]] = frozenset({("nbd", "paper")})
+RESUMABLE: frozenset[tuple[str, str]] = frozenset({("nbd", "best"), ("nbd", "paper")})
 
 
 class Method(Protocol):

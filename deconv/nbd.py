@@ -36,7 +36,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from deconv import preview
+from deconv import best, preview
 from deconv.blind import fit
 from deconv.checkpoint import Checkpoints
 from deconv.finish import centred_pair, finished, normalised, plain
@@ -47,9 +47,9 @@ from deconv.volume import Volume
 
 __all__ = ["PRESETS", "Phase", "Settings", "Stage", "deconvolve", "settings"]
 
-AnySettings = Settings | preview.Settings
+AnySettings = Settings | preview.Settings | best.Settings
 
-PRESETS: Mapping[str, AnySettings] = {"paper": PAPER, "preview": preview.PREVIEW}
+PRESETS: Mapping[str, AnySettings] = {"best": best.BEST, "paper": PAPER, "preview": preview.PREVIEW}
 
 
 def settings(preset: str, **overrides: Any) -> AnySettings:
@@ -86,6 +86,8 @@ def deconvolve(
 
     Raises ValueError for a volume without activity or too small, blind.Diverged where the loss is not finite.
     """
+    if isinstance(settings, best.Settings):
+        return best.deconvolve(volume, settings, device=device, on_step=on_step, checkpoints=checkpoints)
     if isinstance(settings, preview.Settings):
         return preview.deconvolve(volume, settings, device=device, on_step=on_step)
     start = time.perf_counter()
