@@ -3,8 +3,9 @@
     y = P(x ∗ k) + noise,   P the mean over 2 x 2 x 2 fine voxels,   k a product of split normals: FWHM, skew per axis
 
 1. Region: what is deblurred (deconv/region.py); the rest is interpolated.
-2. Kernel: Gk (deconv/psfnet.py) reads the most telling windows and says FWHM and skew along every axis, with standard
-   deviations. What is known of the scanner is multiplied in as a prior; a measured PSF replaces the reading.
+2. Kernel: Gk (deconv/psfnet.py) reads the most telling windows and says the FWHM along every axis, with standard
+   deviations. What is known of the scanner is multiplied in as a prior. Its skew is that for which image and kernel
+   together explain the most telling region best (deconv/skewfit.py). A measured PSF replaces both.
 3. Image: two members, whose kernels are half a standard deviation narrower and wider. Each is the minimiser of
    4 ||P(x ∗ k) - y||² + lam TV(x) over x >= 0, with lam by the noise, mended by Gx and brought back to the data
    (deconv/members.py). Large regions are worked off in tiles that share kernels, maximum and lam.
@@ -30,9 +31,11 @@ from deconv.checkpoint import Checkpoints
 from deconv.finish import finished, normalised, plain
 from deconv.kernels import FWHM_PER_SIGMA, skewed
 from deconv.members import Member, mean_and_spread, solved
+from deconv.preview import informative_region
 from deconv.psfnet import Psf
 from deconv.region import check_spec, region
 from deconv.result import Deconvolution, OnStep, Progress
+from deconv.skewfit import found_skew
 from deconv.tiles import FADE, Image, Tile, Tiled, plan, require_memory, solve_in_tiles
 from deconv.tv import tv_weight
 from deconv.volume import Volume
@@ -58,6 +61,7 @@ class Settings:
     fwhm_bounds_mm  what is found in the image never leaves them; a known PSF may.
     fwhm_prior_mm   centre of the general prior: what clinical PET reaches;   prior_log_sd  its sd, of ln FWHM.
     windows         read at most.
+    skew_voxels     largest region (D, H, W) on which the skew is found;   skew_iterations  of TV there; 0: no skew.
     spread          the members' kernels lie that many standard deviations (of the common width) on either side.
     iterations      of TV deconvolution.
     tv_weight       for an image whose maximum is 1; 0: by the image's noise.
@@ -76,6 +80,8 @@ class Settings:
     fwhm_prior_mm: float = 6.0
     prior_log_sd: float = 0.35
     windows: int = 8
+    skew_voxels: tuple[int, int, int] = (32, 48, 48)
+    skew_iterations: int = 20
     spread: float = 0.5
     iterations: int = 60
     tv_weight: float = 0.0
@@ -86,7 +92,7 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("psf_fwhm_mm", "psf_skew", "fwhm_bounds_mm"):
+        for name in ("psf_fwhm_mm", "psf_skew", "fwhm_bounds_mm", "skew_voxels"):
             value = getattr(self, name)
             object.__setattr__(self, name, None if value is None else tuple(value))
         low, high = self.fwhm_bounds_mm
@@ -98,8 +104,10 @@ class Settings:
             raise ValueError(f"psf {self.psf!r} needs psf_fwhm_mm, the FWHM along slice, row and column axis in mm")
         if self.psf_fwhm_mm and not all(0 < w < 30 for w in self.psf_fwhm_mm):
             raise ValueError(f"psf_fwhm_mm {list(self.psf_fwhm_mm)} is no PSF of a PET: FWHM along D, H, W in mm")
-        if min(self.windows, self.iterations) < 1 or min(self.psf_log_sd, self.prior_log_sd, self.consistency) <= 0:
-            raise ValueError("windows and iterations are at least 1; standard deviations and consistency positive")
+        if min(self.windows, self.iterations, *self.skew_voxels) < 1 or self.skew_iterations < 0:
+            raise ValueError("counts are at least 1, skew_iterations at least 0")
+        if min(self.psf_log_sd, self.prior_log_sd, self.consistency) <= 0:
+            raise ValueError("standard deviations and consistency must be positive")
         if self.spread < 0 or self.tv_weight < 0 or max(map(abs, self.psf_skew)) >= 1:
             raise ValueError("spread and tv_weight must not be negative, skews lie within (-1, 1)")
         require_memory(self.memory_gb)
@@ -124,8 +132,8 @@ def deconvolve(
     check_shape(inner.shape)
     y, top = normalised(inner)
     spacing = np.asarray(volume.spacing, dtype=np.float64)
-    psf = posterior(y, spacing, settings)
     lam = settings.tv_weight or tv_weight(y)
+    psf = posterior(y, spacing, lam, settings, device=device, on_step=on_step)
     tiled = _image(y, psf, lam, spacing, settings, device, on_step, checkpoints)
     kernel = kernel_on_pet_grid(np.array(psf.fwhm_mm), np.array(psf.skew), spacing)
     taken = {"region_box": found.text, "tile": list(tiled.tile), "seed": settings.seed}
@@ -138,8 +146,11 @@ def deconvolve(
     return replace(result, uncertainty=volume.doubled(spread), metrics={**result.metrics, **seconds})
 
 
-def posterior(y: NDArray[np.float32], spacing: Floats, settings: Settings) -> Psf:
-    """The PSF of y (D, H, W): what Gk reads times the prior, within the bounds; or the known one.
+def posterior(
+    y: NDArray[np.float32], spacing: Floats, lam: float, settings: Settings, *, device: str | torch.device = "cpu",
+    on_step: OnStep | None = None,
+) -> Psf:
+    """The PSF of y (D, H, W): what Gk reads times the prior, within the bounds, and the skew that fits; or the known.
 
     Raises ValueError where y is the same everywhere.
     """
@@ -150,17 +161,43 @@ def posterior(y: NDArray[np.float32], spacing: Floats, settings: Settings) -> Ps
         return Psf(settings.psf_fwhm_mm, (settings.psf_log_sd,) * 3, settings.psf_skew, (0.0,) * 3, 0)
     read = psfnet.read(y, spacing.tolist(), count=settings.windows)
     centre, sd = np.full(3, settings.fwhm_prior_mm), settings.prior_log_sd
-    skew, skew_sd = np.array(read.skew), np.array(read.skew_sd)
     if settings.psf == "prior":
         centre, sd = np.array(settings.psf_fwhm_mm), settings.psf_log_sd
-        skew = (skew / skew_sd**2 + np.array(settings.psf_skew) / SKEW_SD**2) / (1 / skew_sd**2 + 1 / SKEW_SD**2)
     weight = 1 / np.array(read.log_sd) ** 2
     mean = (weight * np.log(read.fwhm_mm) + np.log(centre) / sd**2) / (weight + 1 / sd**2)
     width = np.clip(np.exp(mean), *settings.fwhm_bounds_mm)
-    return Psf(_triple(width), _triple((weight + 1 / sd**2) ** -0.5), _triple(skew), _triple(skew_sd), read.windows)
+    skew = _skew(y, width, spacing, lam, settings, device, on_step)
+    return Psf(_triple(width), _triple((weight + 1 / sd**2) ** -0.5), _triple(skew), (SKEW_SD,) * 3, read.windows)
 
 
-SKEW_SD = 0.1  # of a library's skew
+#: of the skew that is found (root mean square error on phantoms), and of a library's
+SKEW_SD = 0.1
+#: least weight of TV where the skew is sought: without noise the image's own edges must not follow the kernel
+SKEW_LAM = 2e-3
+
+
+def _skew(
+    y: NDArray[np.float32], width: Floats, spacing: Floats, lam: float, settings: Settings, device: str | torch.device,
+    on_step: OnStep | None,
+) -> Floats:
+    """The skew of the most telling region; halfway to a library's where there is one."""
+    if not settings.skew_iterations:
+        return np.array(settings.psf_skew)
+    tries = [0]
+
+    def told(cost: float) -> None:
+        tries[0] += 1
+        if on_step is not None:
+            on_step(Progress("kernel", min(tries[0], MOST_TRIES), MOST_TRIES, cost))
+
+    part = y[informative_region(y, spacing, settings.skew_voxels)]
+    part = part / part.max()
+    found = found_skew(torch.from_numpy(part).to(device), width, spacing, lam=max(lam, SKEW_LAM),
+                       iterations=settings.skew_iterations, on_try=told)
+    return (found + np.array(settings.psf_skew)) / 2 if settings.psf == "prior" else found
+
+
+MOST_TRIES = 15
 
 
 def kernel_on_pet_grid(fwhm_mm: Floats, skew: Floats, spacing: Floats) -> NDArray[np.float32]:

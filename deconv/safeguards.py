@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
+from deconv import seams
 from deconv.finish import residual
-from deconv.kernels import gaussian
+from deconv.kernels import FWHM_PER_SIGMA, gaussian
 from deconv.metrics import kernel_centroid, kernel_fwhm_mm
-from deconv.region import region
+from deconv.region import Region, region
 from deconv.result import Deconvolution
 from deconv.volume import Volume
 
@@ -17,6 +19,7 @@ __all__ = ["Gate", "UnsafeResult", "gates", "require"]
 
 CENTROID_VOXELS = 0.25  # a shifted kernel means a shifted patient
 KERNEL_MAX = 0.7  # above it the kernel is a delta in all but name (paper, Table 2)
+DELTA = 0.995  # one voxel alone, whatever the voxels
 FWHM_MM = 10.0  # wider than any clinical PET
 ACTIVITY = 0.005
 ACTIVITY_SCALE = 0.05  # what the solver's own activity may have been off before it was scaled
@@ -49,8 +52,11 @@ def gates(volume: Volume, result: Deconvolution) -> tuple[Gate, ...]:
     kernel-centroid voxels from the centre, largest axis; kernel-maximum; kernel-width mm, widest axis; activity,
     relative change of the total; activity-scale, by how far the solver's total was off before it was corrected;
     slice-activity, largest relative change of a slice's activity after blurring again; residual, RMS over the source's
-    maximum; maximum, over the source's. Methods without a kernel are not asked for one. Where only a region was
-    deblurred (settings "region_box"), blurred slices and residual are judged in its core.
+    maximum; maximum, over the source's; seam, where a region passes into its source, and at faces of tiles (settings
+    "tile_faces", fine voxels of the region's crop): see deconv/seams.py; uncertainty, voxels where it is not finite or
+    negative. What a result does not have (kernel, faces, uncertainty) it is not asked for. Where only a region was
+    deblurred (settings "region_box"), blurring again is judged in its core, whose change counts against whole slices:
+    all else is the source itself.
     Raises ValueError where the result does not lie on the doubled grid of the volume.
     """
     if not result.image.same_grid(volume.doubled(result.image.array)):
@@ -63,16 +69,22 @@ def gates(volume: Volume, result: Deconvolution) -> tuple[Gate, ...]:
         _gate("activity-scale", abs(result.metrics.get("activity_scale", 1.0) - 1.0), ACTIVITY_SCALE),
         _gate("maximum", float(result.image.array.max()) / top if top > 0 else float("inf"), MAXIMUM),
     ]
+    where = _deblurred(volume, result)
     if result.kernel is not None:
-        core = _judged(volume, result)
-        off = residual(volume, result.image, result.kernel)[core]
+        off = residual(volume, result.image, result.kernel)[where.core]
         found += [
             _gate("kernel-centroid", float(np.abs(kernel_centroid(result.kernel)).max()), CENTROID_VOXELS),
             _gate("kernel-maximum", float(result.kernel.max()), _kernel_limit(result)),
             _gate("kernel-width", max(kernel_fwhm_mm(result.kernel, result.kernel_spacing)), _width_limit(result)),
-            _gate("slice-activity", _slice_change(volume.array[core], off), SLICE_ACTIVITY),
+            _gate("slice-activity", _slice_change(volume.array, off, where), SLICE_ACTIVITY),
             _gate("residual", float(np.sqrt(np.mean(off.astype(np.float64) ** 2))) / top, RESIDUAL),
         ]
+    faces = _faces(where, result)
+    if any(faces):
+        crop = tuple(slice(2 * s.start, 2 * s.stop) for s in where.crop)
+        found.append(_gate("seam", seams.seam(result.image.array[crop], faces), seams.LIMIT))
+    if result.uncertainty is not None:
+        found.append(_gate("uncertainty", _impossible(result.image, result.uncertainty), 0.0))
     return tuple(found)
 
 
@@ -85,10 +97,27 @@ def require(volume: Volume, result: Deconvolution) -> tuple[Gate, ...]:
     return found
 
 
-def _judged(volume: Volume, result: Deconvolution) -> tuple[slice, slice, slice]:
-    """The voxels whose blurred image must be the source: where only a region was deblurred, its core."""
+def _deblurred(volume: Volume, result: Deconvolution) -> Region:
+    """What was deblurred; outside it the image is the upsampled source."""
     spec = result.settings.get("region_box")
-    return region(volume, str(spec) if spec else "whole").core
+    return region(volume, str(spec) if spec else "whole")
+
+
+def _faces(where: Region, result: Deconvolution) -> tuple[tuple[int, ...], ...]:
+    """The planes of the crop, fine voxels along each axis, where two images pass into each other."""
+    tiles = result.settings.get("tile_faces") or ((), (), ())
+    faces = []
+    for inside, crop, n, own in zip(where.inside, where.crop, where.shape, tiles, strict=True):
+        ends = [end for end, border in ((inside.start, 0), (inside.stop, n)) if end != border]
+        faces.append((*(2 * (end - crop.start) for end in ends), *map(int, own)))
+    return tuple(faces)
+
+
+def _impossible(image: Volume, uncertainty: Volume) -> float:
+    """Voxels that no standard deviation can have; all of them where it lies on another grid."""
+    if not uncertainty.same_grid(image):
+        return float(image.array.size)
+    return float(np.count_nonzero(~(np.isfinite(uncertainty.array) & (uncertainty.array >= 0))))
 
 
 def _gate(name: str, measured: float, limit: float) -> Gate:
@@ -96,8 +125,22 @@ def _gate(name: str, measured: float, limit: float) -> Gate:
 
 
 def _kernel_limit(result: Deconvolution) -> float:
-    """On voxels as large as the blur even an honest kernel is nearly a delta: 3.5 mm are allowed anywhere."""
-    return max(KERNEL_MAX, float(gaussian(3.5, result.kernel_spacing).max()) * 1.01)
+    """On voxels as large as the blur even an honest kernel is nearly a delta.
+
+    3.5 mm are allowed anywhere. A method that says how narrow a PSF it looks for (settings "fwhm_bounds_mm") blurs on
+    the fine grid: what it reports is that PSF without the voxel's own part, and may be as narrow as its bound makes it.
+    A known PSF is no estimate that could collapse.
+    """
+    if result.settings.get("psf") == "known":
+        return 1.0
+    limit = max(KERNEL_MAX, float(gaussian(3.5, result.kernel_spacing).max()) * 1.01)
+    bounds = result.settings.get("fwhm_bounds_mm")
+    if bounds is None:
+        return limit
+    spacing = np.asarray(result.kernel_spacing)
+    without_voxel = float(bounds[0]) ** 2 - 0.5 * FWHM_PER_SIGMA**2 * spacing**2 / 12.0
+    narrowest = gaussian(np.sqrt(np.maximum(without_voxel, (0.5 * float(bounds[0])) ** 2)), spacing)
+    return min(max(limit, float(narrowest.max()) * 1.01), DELTA)
 
 
 def _width_limit(result: Deconvolution) -> float:
@@ -105,8 +148,10 @@ def _width_limit(result: Deconvolution) -> float:
     return FWHM_MM + 0.5 * max(result.kernel_spacing)
 
 
-def _slice_change(source: np.ndarray, off: np.ndarray) -> float:
+def _slice_change(source: NDArray[np.float32], off: NDArray[np.float32], where: Region) -> float:
+    """The largest change of a slice, `off` in the core and none elsewhere, over what the whole slice holds."""
     before = source.sum(axis=(1, 2), dtype=np.float64)
-    change = np.abs(off.sum(axis=(1, 2), dtype=np.float64))
+    change = np.zeros_like(before)
+    change[where.core[0]] = np.abs(off.sum(axis=(1, 2), dtype=np.float64))
     judged = before > SLICE_SHARE * before.mean()
     return float((change[judged] / before[judged]).max()) if judged.any() else float("inf")
