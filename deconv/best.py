@@ -32,7 +32,6 @@ from deconv.finish import finished, normalised, plain
 from deconv.kernels import FWHM_PER_SIGMA, skewed
 from deconv.members import Member, mean_and_spread, solved
 from deconv.preview import informative_region
-from deconv.psfnet import Psf
 from deconv.region import check_spec, region
 from deconv.result import Deconvolution, OnStep, Progress
 from deconv.skewfit import found_skew
@@ -40,7 +39,7 @@ from deconv.tiles import FADE, Image, Tile, Tiled, plan, require_memory, solve_i
 from deconv.tv import tv_weight
 from deconv.volume import Volume
 
-__all__ = ["BEST", "Settings", "deconvolve", "kernel_on_pet_grid", "posterior"]
+__all__ = ["BEST", "Psf", "Settings", "deconvolve", "kernel_on_pet_grid", "posterior"]
 
 Triple = tuple[float, float, float]
 Floats = NDArray[np.float64]
@@ -117,6 +116,16 @@ class Settings:
 BEST = Settings(preset="best")
 
 
+@dataclass(frozen=True)
+class Psf:
+    """The PSF along (D, H, W): FWHM in mm, sd of its logarithm, skew; and the windows it rests on."""
+
+    fwhm_mm: Triple
+    log_sd: Triple
+    skew: Triple
+    windows: int
+
+
 def deconvolve(
     volume: Volume, settings: Settings, *, device: str | torch.device = "cpu", on_step: OnStep | None = None,
     checkpoints: Checkpoints | None = None,
@@ -158,19 +167,32 @@ def posterior(
         assert settings.psf_fwhm_mm is not None  # Settings has seen to it
         if y.max() <= y.min():
             raise ValueError("the volume is the same everywhere: there is nothing to deblur")
-        return Psf(settings.psf_fwhm_mm, (settings.psf_log_sd,) * 3, settings.psf_skew, (0.0,) * 3, 0)
+        return Psf(settings.psf_fwhm_mm, (settings.psf_log_sd,) * 3, settings.psf_skew, 0)
     read = psfnet.read(y, spacing.tolist(), count=settings.windows)
-    centre, sd = np.full(3, settings.fwhm_prior_mm), settings.prior_log_sd
-    if settings.psf == "prior":
-        centre, sd = np.array(settings.psf_fwhm_mm), settings.psf_log_sd
-    weight = 1 / np.array(read.log_sd) ** 2
-    mean = (weight * np.log(read.fwhm_mm) + np.log(centre) / sd**2) / (weight + 1 / sd**2)
+    mean, sd = _with_prior(np.log(read.fwhm_mm), np.array(read.log_sd), settings)
     width = np.clip(np.exp(mean), *settings.fwhm_bounds_mm)
     skew = _skew(y, width, spacing, lam, settings, device, on_step)
-    return Psf(_triple(width), _triple((weight + 1 / sd**2) ** -0.5), _triple(skew), (SKEW_SD,) * 3, read.windows)
+    return Psf(_triple(width), _triple(sd), _triple(skew), read.windows)
 
 
-#: of the skew that is found (root mean square error on phantoms), and of a library's
+def _with_prior(mean: Floats, sd: Floats, settings: Settings) -> tuple[Floats, Floats]:
+    """Mean and sd of ln FWHM along the three axes: the reading times the prior, both Gaussian.
+
+    The general prior lets the three widths vary together by prior_log_sd and each by ANISOTROPY_LOG_SD; a library's
+    lets each vary by psf_log_sd.
+    """
+    if settings.psf == "prior":
+        centre, covariance = np.log(np.array(settings.psf_fwhm_mm)), settings.psf_log_sd**2 * np.eye(3)
+    else:
+        centre = np.full(3, np.log(settings.fwhm_prior_mm))
+        covariance = settings.prior_log_sd**2 * np.ones((3, 3)) + ANISOTROPY_LOG_SD**2 * np.eye(3)
+    gain = covariance @ np.linalg.inv(covariance + np.diag(sd**2))
+    return centre + gain @ (mean - centre), np.sqrt(np.diag(covariance - gain @ covariance))
+
+
+#: how far the widths along the axes of clinical PET lie from their common mean
+ANISOTROPY_LOG_SD = 0.1
+#: of the skew that is found: root mean square error on phantoms
 SKEW_SD = 0.1
 #: least weight of TV where the skew is sought: without noise the image's own edges must not follow the kernel
 SKEW_LAM = 2e-3
@@ -285,9 +307,9 @@ def _told(psf: Psf, settings: Settings) -> dict[str, float]:
     """The kernel in figures: FWHM on the fine grid in mm, skew, and their standard deviations, axis by axis."""
     low, high = settings.fwhm_bounds_mm
     told = {"windows": float(psf.windows), "kernel_at_prior_bound": float(any(not low < w < high for w in psf.fwhm_mm))}
-    for name, width, log_sd, skew, skew_sd in zip("dhw", psf.fwhm_mm, psf.log_sd, psf.skew, psf.skew_sd, strict=True):
+    for name, width, log_sd, skew in zip("dhw", psf.fwhm_mm, psf.log_sd, psf.skew, strict=True):
         told |= {f"psf_fwhm_{name}_mm": width, f"kernel_fwhm_{name}_mm": width, f"psf_log_sd_{name}": log_sd,
-                 f"psf_skew_{name}": skew, f"psf_skew_sd_{name}": skew_sd}
+                 f"psf_skew_{name}": skew, f"psf_skew_sd_{name}": SKEW_SD}
     return told
 
 

@@ -1,8 +1,7 @@
 """Gk of the preset "best": a small network that reads the PSF off a window of a PET image, with its uncertainty.
 
-It looks along one axis at a time and says ln FWHM (PET voxels) and skew along that axis, each with a standard
-deviation. The three axes, and the mirror images of the window, pass through the same weights: what it says turns with
-the image.
+It looks along one axis at a time and says ln FWHM (PET voxels) along that axis and its standard deviation. The three
+axes, and the mirror images of the window, pass through the same weights: what it says turns with the image.
 Taught on `deconv.scenes` by scripts/train_psfnet.py; the weights are those of deconv/weights/psfnet.npz.
 """
 
@@ -20,7 +19,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-__all__ = ["Psf", "PsfNet", "WINDOW", "combined", "load", "read", "windows"]
+__all__ = ["PsfNet", "Reading", "WINDOW", "combined", "load", "read", "windows"]
 
 WINDOW = 24  # PET voxels along each axis of a window
 WEIGHTS = Path(__file__).parent / "weights" / "psfnet.npz"
@@ -31,21 +30,16 @@ Triple = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
-class Psf:
-    """A PSF along (D, H, W): FWHM in mm, sd of its logarithm, skew in (-1, 1) and its sd.
-
-    windows  on which it rests.
-    """
+class Reading:
+    """Widths of a PSF along (D, H, W): FWHM in mm, the sd of its logarithm, and the number of windows it rests on."""
 
     fwhm_mm: Triple
     log_sd: Triple
-    skew: Triple
-    skew_sd: Triple
     windows: int
 
 
 class PsfNet(nn.Module):
-    """(N, 24, 24, 24) -> (N, 4): ln FWHM along the first axis (PET voxels), skew, the logs of their variances."""
+    """(N, 24, 24, 24) -> (N, 2): ln FWHM along the first axis (PET voxels), and the logarithm of its variance."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +50,7 @@ class PsfNet(nn.Module):
         self.c5 = nn.Conv3d(64, 64, 3, padding=1)
         self.attention = nn.Conv3d(64, 4, 1)
         self.h1 = nn.Linear(64 * 4, 64)
-        self.h2 = nn.Linear(64, 4)
+        self.h2 = nn.Linear(64, 2)
 
     def forward(self, y: Tensor) -> Tensor:
         """See the class."""
@@ -67,7 +61,7 @@ class PsfNet(nn.Module):
         x = x + F.leaky_relu(self.c5(x), 0.1)
         weight = self.attention(x).flatten(2).softmax(-1)
         pooled = torch.einsum("ncv,nav->nac", x.flatten(2), weight).flatten(1)
-        mean, spread = self.h2(F.leaky_relu(self.h1(pooled), 0.1)).split(2, dim=1)
+        mean, spread = self.h2(F.leaky_relu(self.h1(pooled), 0.1)).split(1, dim=1)
         return torch.cat([mean, -4 + 4 * torch.tanh(spread / 4)], dim=1)
 
 
@@ -99,8 +93,8 @@ def windows(y: NDArray[np.float32], count: int) -> list[NDArray[np.float32]]:
     return [y[boxes[i]] for i in order if gains[i] > 0.1 * gains[order[0]]]
 
 
-def read(y: NDArray[np.float32], spacing: Sequence[float], *, count: int = 8, network: PsfNet | None = None) -> Psf:
-    """The PSF of y (D, H, W) >= 0 with voxels of `spacing` mm, from its most telling windows.
+def read(y: NDArray[np.float32], spacing: Sequence[float], *, count: int = 8, network: PsfNet | None = None) -> Reading:
+    """The widths of the PSF of y (D, H, W) >= 0 with voxels of `spacing` mm, from its most telling windows.
 
     Raises ValueError where y is the same everywhere.
     """
@@ -114,22 +108,20 @@ def read(y: NDArray[np.float32], spacing: Sequence[float], *, count: int = 8, ne
     return replace(psf, fwhm_mm=(widths[0], widths[1], widths[2]))
 
 
-def combined(rows: NDArray[np.float64]) -> Psf:
-    """One PSF, in voxels, from readings (windows, 3, 4): each weighs by its variance and by that between them.
+def combined(rows: NDArray[np.float64]) -> Reading:
+    """Widths in voxels from readings (windows, 3, 2): each weighs by its variance and by that between them.
 
     Random effects: DerSimonian, Laird, Control. Clin. Trials 7, 177, 1986.
     """
-    mean, sd = np.empty((2, 3)), np.empty((2, 3))
+    mean, sd = np.empty(3), np.empty(3)
     for axis in range(3):
-        for what in (0, 1):
-            values, variances = rows[:, axis, what], np.exp(rows[:, axis, 2 + what])
-            variances = variances + _between(values, variances)
-            mean[what, axis] = np.average(values, weights=1 / variances)
-            # windows of one image err alike: no more is believed than two of the best could tell
-            sd[what, axis] = np.sqrt(max(1 / (1 / variances).sum(), 0.5 * variances.min()))
-    sd[0] = np.maximum(sd[0], LEAST_LOG_SD)
-    (d, h, w), skew = np.exp(mean[0]), np.clip(mean[1], -0.8, 0.8)
-    return Psf((d, h, w), tuple(sd[0]), tuple(skew), tuple(sd[1]), len(rows))  # type: ignore[arg-type]
+        values, variances = rows[:, axis, 0], np.exp(rows[:, axis, 1])
+        variances = variances + _between(values, variances)
+        mean[axis] = np.average(values, weights=1 / variances)
+        # windows of one image err alike: no more is believed than two of the best could tell
+        sd[axis] = max(LEAST_LOG_SD, np.sqrt(max(1 / (1 / variances).sum(), 0.5 * variances.min())))
+    d, h, w = (float(width) for width in np.exp(mean))
+    return Reading((d, h, w), (float(sd[0]), float(sd[1]), float(sd[2])), len(rows))
 
 
 def _between(values: NDArray[np.float64], variances: NDArray[np.float64]) -> float:
@@ -141,16 +133,14 @@ def _between(values: NDArray[np.float64], variances: NDArray[np.float64]) -> flo
 
 
 def _looked_at(network: PsfNet, window: NDArray[np.float32]) -> NDArray[np.float64]:
-    """(3, 4): along each axis, the mean over the window's 16 images in which that axis stays or is turned around."""
-    found = np.zeros((3, 4))
+    """(3, 2): along each axis, the mean over the window's 16 images in which that axis stays or is turned around."""
+    found = np.zeros((3, 2))
     for axis in range(3):
         line = np.moveaxis(window, axis, 0)
         for seen in (line, line.transpose(0, 2, 1)):
             images = [seen[::a, ::b, ::c] for a, b, c in product((1, -1), repeat=3)]
             with torch.no_grad():
-                said = network(torch.from_numpy(np.stack(images))).double().numpy()
-            said[4:, 1] *= -1  # the last four look at the axis from its other end
-            found[axis] += said.mean(axis=0) / 2
+                found[axis] += network(torch.from_numpy(np.stack(images))).double().numpy().mean(axis=0) / 2
     return found
 
 
