@@ -53,8 +53,8 @@ def gates(volume: Volume, result: Deconvolution) -> tuple[Gate, ...]:
     relative change of the total; activity-scale, by how far the solver's total was off before it was corrected;
     slice-activity, largest relative change of a slice's activity after blurring again; residual, RMS over the source's
     maximum; maximum, over the source's; seam, where a region passes into its source, and at faces of tiles (settings
-    "tile_faces", fine voxels of the region's crop): see deconv/seams.py; uncertainty, voxels where it is not finite or
-    negative. What a result does not have (kernel, faces, uncertainty) it is not asked for. Where only a region was
+    "tile_faces", fine voxels of the region's crop): see deconv/seams.py; uncertainty, voxels where it is negative.
+    What a result does not have (kernel, faces, uncertainty) it is not asked for. Where only a region was
     deblurred (settings "region_box"), blurring again is judged in its core, whose change counts against whole slices:
     all else is the source itself.
     Raises ValueError where the result does not lie on the doubled grid of the volume.
@@ -114,10 +114,8 @@ def _faces(where: Region, result: Deconvolution) -> tuple[tuple[int, ...], ...]:
 
 
 def _impossible(image: Volume, uncertainty: Volume) -> float:
-    """Voxels that no standard deviation can have; all of them where it lies on another grid."""
-    if not uncertainty.same_grid(image):
-        return float(image.array.size)
-    return float(np.count_nonzero(~(np.isfinite(uncertainty.array) & (uncertainty.array >= 0))))
+    """Voxels that no standard deviation can have; all of them where it lies on another grid. (A Volume is finite.)"""
+    return float(np.count_nonzero(uncertainty.array < 0) if uncertainty.same_grid(image) else image.array.size)
 
 
 def _gate(name: str, measured: float, limit: float) -> Gate:

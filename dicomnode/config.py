@@ -123,7 +123,7 @@ class Route(_Section):
     name: Name
     when: dict[str, str | list[str]]
     method: str = "nbd"
-    preset: str = "preview"
+    preset: str = "best"
     settings: dict[str, Any] = {}
     psf: Literal["blind", "library", "measured"] = "library"
     send_to: tuple[str, ...]

@@ -29,6 +29,8 @@ from deconv import Deconvolution, OnStep, Progress, Volume
 from deconv.metrics import kernel_fwhm_mm
 from deconv.safeguards import Gate, gates
 from dicomnode.process import tie_to_parent
+from dicomnode.uncertainty import UNCERTAINTY_FILE
+from dicomnode.uncertainty import save as save_uncertainty
 from sop.check import check_derived
 from sop.errors import Refused
 from sop.pet import Derivation, DerivedSeries, write_derived
@@ -122,6 +124,8 @@ def process(
     marks.append(time.perf_counter())
     if result.kernel is not None:
         np.save(out_folder / KERNEL_FILE, result.kernel)
+    if result.uncertainty is not None:
+        save_uncertainty(out_folder / UNCERTAINTY_FILE, result.uncertainty)
     names = ("read", "deconvolve", "derive", "check")
     report["seconds"] = {name: round(b - a, 3) for name, a, b in zip(names, marks, marks[1:])}
     report |= {"derived_series_uid": derived.series_instance_uid, "derived_instances": len(derived.files),
@@ -200,9 +204,16 @@ def _derivation(result: Deconvolution, source: SeriesInfo, guide: Mapping[str, A
     return Derivation(
         method=result.method, preset=result.preset, settings=settings,
         kernel_fwhm_mm=None if width is None else (float(width[0]), float(width[1]), float(width[2])),
-        guide_series_uid=guide["series_uid"] if guide["used"] else None,
+        region_box=_region_box(result), guide_series_uid=guide["series_uid"] if guide["used"] else None,
         **{**naming, "taken_series_numbers": frozenset(naming.get("taken_series_numbers", ()))},
     )
+
+
+def _region_box(result: Deconvolution) -> str:
+    """What alone was deblurred, source voxels; "" where that is the whole volume."""
+    box = str(result.settings.get("region_box", ""))
+    whole = ",".join(f"0-{n // 2}" for n in result.image.shape)
+    return "" if box in ("", f"box:{whole}") else box
 
 
 def _pass_gates(opened: Sequence[Gate], report: dict[str, Any], source: SeriesInfo) -> None:

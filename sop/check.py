@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from sop.checks.content import content_items, value_items
 from sop.checks.geometry import geometry_items
 from sop.checks.identity import identity_items, kept_items
+from sop.checks.region import grid_spacing, stated_box
 from sop.checks.report import CheckItem, CheckReport, Limits
-from sop.checks.stored import Instance, numbers, open_derived, open_source, source_series_uid
+from sop.checks.stored import Instance, open_derived, open_source, source_series_uid
 
 __all__ = ["CheckItem", "CheckReport", "Limits", "check_derived"]
 
@@ -39,6 +40,9 @@ def check_derived(
                      the residual are judged on the re-blurred image, which is sharper than without.
     kernel_spacing   mm along slice, row and column; must be the source's.
 
+    Where the derived series states that only a region was deblurred, blurring again, place and residual are judged in
+    it, and all else must be the upsampled source.
+
     Raises FileNotFoundError for an empty list, Refused "empty" where the source is not among the files, ValueError for
     a kernel of another spacing, of even size, or whose sum is not 1, InvalidDicomError for what is not DICOM.
     """
@@ -48,12 +52,13 @@ def check_derived(
     source = open_source(source_files, source_series_uid(derived))
     if kernel is not None:
         _require_kernel(kernel, kernel_spacing, source)
+    box = stated_box(derived)
     return CheckReport((
         *geometry_items(source, derived, limits),
         *value_items(derived, limits),
         *identity_items(source, derived),
         *kept_items(source, derived),
-        *content_items(source, derived, kernel, limits),
+        *content_items(source, derived, kernel, limits, box),
     ))
 
 
@@ -62,8 +67,7 @@ def _require_kernel(kernel: NDArray, spacing: tuple[float, float, float] | None,
         raise ValueError(f"kernel must be three-dimensional, odd and sum to 1, got {kernel.shape}, {kernel.sum():.6f}")
     if spacing is None:
         return
-    gaps = max(len(source) - 1, 1)
-    depth = float(np.linalg.norm(source[-1].position - source[0].position)) / gaps
-    grid = np.array([depth or spacing[0], *numbers(source[0].header, "PixelSpacing", 2)])
+    grid = grid_spacing(source)
+    grid[0] = grid[0] or spacing[0]
     if np.abs(np.array(spacing) / grid - 1).max() > 0.01:
         raise ValueError(f"kernel spacing {spacing} mm is not that of the source grid, {grid.tolist()} mm")

@@ -26,6 +26,8 @@ class Derivation:
     UIDs, the UIDs; `settings` must be plain JSON values and is kept as such.
 
     kernel_fwhm_mm        FWHM of the estimated or given kernel, mm, along slice, row and column direction.
+    region_box            "box:d0-d1,h0-h1,w0-w1", source voxels (slices, rows, columns; half-open), where these alone
+                          were deblurred and the rest interpolated; "" for the whole volume.
     guide_series_uid      SeriesInstanceUID of the CT that guided the method.
     uid_root              "2.25" or the site's own root, at most 39 characters.
     series_description    template; "{source}" stands for the source's SeriesDescription. A preview says so in any case,
@@ -44,6 +46,7 @@ class Derivation:
     settings: Mapping[str, Any]
     software_version: str
     kernel_fwhm_mm: tuple[float, float, float] | None = None
+    region_box: str = ""
     guide_series_uid: str | None = None
     uid_root: str = GENERIC_ROOT
     series_description: str = "NBD deblurred"

@@ -201,6 +201,8 @@ def _derivation_description(header: Dataset, source: SeriesInfo, derivation: Der
     if derivation.kernel_fwhm_mm is not None:
         parts.append("kernel FWHM " + " x ".join(f"{width:.2f}" for width in derivation.kernel_fwhm_mm)
                      + " mm (slice x row x column direction)")
+    if derivation.region_box:  # sop.checks.region reads it
+        parts.append(f"deblurred in {derivation.region_box} (source slices, rows, columns), interpolated elsewhere")
     if derivation.guide_series_uid:
         parts.append(f"guided by series {derivation.guide_series_uid}")
     parts.append("grid twice as fine over the same field of view")

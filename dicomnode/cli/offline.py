@@ -19,7 +19,7 @@ def deblur(
     in_dir: Annotated[Path, typer.Argument(help="Folder with a PET series, and what else came with it.")],
     out_dir: Annotated[Path, typer.Argument(help="New or empty folder for the derived series.")],
     method: Annotated[str, typer.Option(help="Deconvolution method.")] = "nbd",
-    preset: Annotated[str, typer.Option(help="The method's preset.")] = "preview",
+    preset: Annotated[str, typer.Option(help="The method's preset.")] = "best",
     psf_fwhm_mm: Annotated[float | None, typer.Option(help="Known PSF width, for methods that take one.")] = None,
     psf: Annotated[str, typer.Option(
         metavar="blind|library|FILE",

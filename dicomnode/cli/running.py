@@ -41,7 +41,7 @@ def work(config: ConfigOption = DEFAULT_CONFIG) -> None:
 def demo(
     out_dir: Annotated[Path, typer.Argument(help="Where the picture and the DICOM go.")] = Path("dicomnode-demo"),
     method: Annotated[str, typer.Option(help="Deconvolution method.")] = "nbd",
-    preset: Annotated[str, typer.Option(help="The method's preset.")] = "preview",
+    preset: Annotated[str, typer.Option(help="The method's preset.")] = "best",
     as_json: JsonOption = False,
 ) -> None:
     """Send a synthetic PET and CT through a whole node on this machine and show what comes back."""

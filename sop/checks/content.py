@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 from scipy import fft, ndimage
 
+from sop.checks.region import Box, core, grid_spacing, region_items
 from sop.checks.report import CheckItem, Limits, agreed, at_most
 from sop.checks.stored import Instance, numbers, text
 from sop.errors import Refused
@@ -71,8 +72,11 @@ def _window_troubles(derived: Sequence[Instance]) -> list[str]:
 
 
 def content_items(source: Sequence[Instance], derived: Sequence[Instance], kernel: NDArray | None,
-                  limits: Limits) -> list[CheckItem]:
-    """Items on the image itself; one failing item "content" where the two cannot be laid over one another."""
+                  limits: Limits, box: Box | None = None) -> list[CheckItem]:
+    """Items on the image itself; one failing item "content" where the two cannot be laid over one another.
+
+    box   source voxels that alone were deblurred; None: all.
+    """
     before = [item.plane for item in source if item.plane is not None]
     after = [item.plane for item in derived if item.plane is not None]
     if len({plane.shape for plane in (*before, *after)}) != 1 or len(before) != len(source) \
@@ -82,13 +86,19 @@ def content_items(source: Sequence[Instance], derived: Sequence[Instance], kerne
     halves = [(lower + upper) / 2 for lower, upper in zip(after[0::2], after[1::2])]
     pooled: NDArray[np.float32] = np.stack(halves, dtype=np.float32)
     seen = pooled if kernel is None else reblurred(pooled, kernel)
-    items = [*_activity_items(y, pooled, seen, kernel, limits),
+    region = [] if box is None else region_items(source, derived, box, limits)
+    judged: Box = (slice(None),) * 3
+    if box is not None and all(item.ok for item in region):  # elsewhere the image is the source, blurred it is not
+        judged = core(box, y.shape, grid_spacing(source))
+        seen, whole = y.copy(), seen
+        seen[judged] = whole[judged]
+    items = [*_activity_items(y, pooled, seen, kernel, limits), *region,
              at_most("maximum", _ratio(max(item.maximum for item in derived), float(y.max())), limits.maximum,
                      "derived maximum over source maximum"),
-             *_place_items(y, seen, limits),
+             *_place_items(y[judged], seen[judged], limits),
              *_suv_items(source, derived, limits)]
     if kernel is not None:
-        residual = _ratio(float(np.linalg.norm(seen - y)), float(np.linalg.norm(y)))
+        residual = _ratio(float(np.linalg.norm(seen[judged] - y[judged])), float(np.linalg.norm(y[judged])))
         items.append(at_most("residual", residual, limits.residual, "|D(x * k) - y| over |y|"))
     return items
 

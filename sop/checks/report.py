@@ -25,6 +25,7 @@ class Limits:
     shift_voxels           displacement of the content, in source voxels, at the centre and at the edges of the field.
     correlation            of the smoothed derived content with the smoothed source, at least.
     residual               norm of D(x * k) - y over the norm of y.
+    outside_region         deviation of any voxel outside a stated region from the upsampled source, over its maximum.
     suv                    |SUV factor derived / source - 1|.
     """
 
@@ -39,6 +40,7 @@ class Limits:
     shift_voxels: float = 0.125
     correlation: float = 0.8
     residual: float = 0.25
+    outside_region: float = 1e-4
     suv: float = 1e-6
 
 

@@ -25,7 +25,8 @@ from pydicom.filewriter import write_data_element
 from sop.errors import Refused
 from sop.read import read_series
 
-__all__ = ["Instance", "canonical", "numbers", "open_derived", "open_source", "source_series_uid", "text"]
+__all__ = ["Instance", "canonical", "numbers", "open_derived", "open_source", "rescaled", "source_series_uid",
+           "text"]
 
 _PIXEL_DATA = 0x7FE00010
 _NATIVE = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1")  # little endian, implicit and explicit
@@ -136,6 +137,13 @@ def _stored(data: FileDataset) -> NDArray:
         raw = cast(RawDataElement, data.get_item(_PIXEL_DATA))
         return np.frombuffer(cast(bytes, raw.value), dtype=kind).reshape(rows, columns)
     return np.asarray(data.pixel_array).reshape(rows, columns)
+
+
+def rescaled(path: Path) -> NDArray[np.float64]:
+    """Rescaled values (rows, columns) of a classic instance, in the units its header states."""
+    data = dcmread(path)
+    slope, intercept = (float(numbers(data, keyword, 1)[0]) for keyword in ("RescaleSlope", "RescaleIntercept"))
+    return _stored(data) * slope + intercept
 
 
 def _open_classic(path: Path, parsed: dict[tuple, Any], *, pooled: bool) -> Instance:

@@ -109,7 +109,7 @@ def test_example_of_the_contract_loads():
 
 def test_unknown_preset_is_refused_and_the_known_ones_are_listed():
     """A preset that this version lacks is found at load, not at night."""
-    with pytest.raises(ConfigError, match=r"route 'psma': method 'nbd' has no preset 'fastest'; it has paper, preview"):
+    with pytest.raises(ConfigError, match=r"route 'psma': method 'nbd' has no preset 'fastest'; it has best, paper, "):
         parse(CONTRACT.replace("PRESET", "fastest"))
 
 
