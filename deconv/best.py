@@ -7,8 +7,8 @@
    deviations. What is known of the scanner is multiplied in as a prior. Its skew is that for which image and kernel
    together explain the most telling region best (deconv/skewfit.py). A measured PSF replaces both.
 3. Image: two members, whose kernels are half a standard deviation narrower and wider. Each is the minimiser of
-   4 ||P(x ∗ k) - y||² + lam TV(x) over x >= 0, with lam by the noise, mended by Gx and brought back to the data
-   (deconv/members.py). Large regions are worked off in tiles that share kernels, maximum and lam.
+   4 ||P(x ∗ k) - y||² + lam TV(x) over x >= 0, with lam by the noise (deconv/members.py). Large regions are worked
+   off in tiles that share kernels, maximum and lam.
 4. x is the mean of the members, their spread scaled to one standard deviation of the width its uncertainty.
 
 docs/method.md has the equations, the reasons and what was tried.
@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from deconv import psfnet, restorer
+from deconv import psfnet
 from deconv.blind import check_shape
 from deconv.checkpoint import Checkpoints
 from deconv.finish import finished, normalised, plain
@@ -64,7 +64,6 @@ class Settings:
     spread          the members' kernels lie that many standard deviations (of the common width) on either side.
     iterations      of TV deconvolution.
     tv_weight       for an image whose maximum is 1; 0: by the image's noise.
-    mend            whether Gx mends the members;   consistency  mu of the step back to the data, for one lam.
     region          see deconv/region.py;   memory_gb  what source, output and tiles may take together.
     seed            has no influence: nothing is drawn. Held so that every preset of "nbd" takes it.
     """
@@ -84,8 +83,6 @@ class Settings:
     spread: float = 0.5
     iterations: int = 60
     tv_weight: float = 0.0
-    mend: bool = False
-    consistency: float = 1.0
     region: str = "body"
     memory_gb: float = 4.0
     seed: int = 0
@@ -105,8 +102,8 @@ class Settings:
             raise ValueError(f"psf_fwhm_mm {list(self.psf_fwhm_mm)} is no PSF of a PET: FWHM along D, H, W in mm")
         if min(self.windows, self.iterations, *self.skew_voxels) < 1 or self.skew_iterations < 0:
             raise ValueError("counts are at least 1, skew_iterations at least 0")
-        if min(self.psf_log_sd, self.prior_log_sd, self.consistency) <= 0:
-            raise ValueError("standard deviations and consistency must be positive")
+        if min(self.psf_log_sd, self.prior_log_sd) <= 0:
+            raise ValueError("standard deviations must be positive")
         if self.spread < 0 or self.tv_weight < 0 or max(map(abs, self.psf_skew)) >= 1:
             raise ValueError("spread and tv_weight must not be negative, skews lie within (-1, 1)")
         require_memory(self.memory_gb)
@@ -234,7 +231,7 @@ def _members(psf: Psf, spacing: Floats, settings: Settings) -> list[Member]:
     members = []
     for offset in (-step, step) if step > 0 else (0.0,):
         widths = np.array(psf.fwhm_mm) * np.exp(offset)
-        members.append(Member(skewed(widths, psf.skew, spacing / 2), _triple(widths / spacing), 1.0))
+        members.append(Member(skewed(widths, psf.skew, spacing / 2), _triple(widths / spacing)))
     return members
 
 
@@ -244,7 +241,6 @@ def _image(
 ) -> Tiled:
     """Mean and standard deviation of the members, tile by tile."""
     members = _members(psf, spacing, settings)
-    network = restorer.load().to(device) if settings.mend else None
     steps = 2 * settings.iterations * len(members)
     present = [Tile(0, 1, (slice(None),) * 3, 0)]
     done = [0]
@@ -258,9 +254,8 @@ def _image(
         tile = torch.as_tensor(np.array(part)).to(device)
         done[0] = present[0].number * steps
         images = [solved(tile, member, lam=lam, iterations=settings.iterations, spacing=spacing.tolist(),
-                         restorer=network, consistency=settings.consistency * lam, on_step=count)
-                  for member in members]
-        mean, spread = mean_and_spread(images, [member.weight for member in members])
+                         on_step=count) for member in members]
+        mean, spread = mean_and_spread(images)
         return mean.cpu(), spread.mul_(1 / max(settings.spread, 1e-9)).cpu()
 
     def remember(coming: Tile) -> None:
