@@ -77,8 +77,8 @@ def split_normal(fwhm_voxels: float, skew: float = 0.0, size: int | None = None)
 
     fwhm_voxels  2.355 sigma, in voxels;  skew  in (-1, 1): sigma (1 - skew) below the mode, sigma (1 + skew) above it.
     size         odd; by default 3 of the wider sigma on either side.
-    The mean of a split normal lies sqrt(2/pi) (sigma_above - sigma_below) above its mode (John 1982); it is placed at 0,
-    so that a skewed kernel does not move the patient. Raises ValueError for a width or skew that makes no sense.
+    The mean of a split normal lies sqrt(2/pi) (sigma_above - sigma_below) above its mode (John 1982); it is placed at
+    0, so that a skewed kernel does not move the patient. Raises ValueError for a width or skew that makes no sense.
     """
     if fwhm_voxels <= 0 or not -1 < skew < 1:
         raise ValueError(f"width must be positive and skew within (-1, 1), got {fwhm_voxels} and {skew}")

@@ -89,8 +89,9 @@ def windows(y: NDArray[np.float32], count: int) -> list[NDArray[np.float32]]:
     boxes = [tuple(slice(s, s + k) for s, k in zip(corner, size, strict=True)) for corner in product(*starts)]
     tops = np.array([float(y[box].max()) for box in boxes])
     gains = np.array([float(energy[box].sum()) for box in boxes]) / np.maximum(tops, 0.02 * y.max())
+    gains[tops <= 0] = 0.0  # nothing lies inside; the slope was of what lies beside it
     order = np.argsort(-gains, kind="stable")[:count]
-    return [y[boxes[i]] for i in order if gains[i] > 0.1 * gains[order[0]]]
+    return [y[boxes[i]] for i in order if gains[i] > 0.1 * gains[order[0]] and tops[i] > 0]
 
 
 def read(y: NDArray[np.float32], spacing: Sequence[float], *, count: int = 8, network: PsfNet | None = None) -> Reading:
