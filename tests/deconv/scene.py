@@ -43,5 +43,5 @@ def measured(
 def deblurred(volume: Volume, on_step: OnStep | None = None, checkpoints: Any = None, **settings: Any) -> Deconvolution:
     """`volume` by "best", whole, with few iterations and windows."""
     chosen = nbd.settings("best", **{"region": "whole", "iterations": 20, "windows": 1, "skew_iterations": 3,
-                                     "mend": False, **settings})
+                                     **settings})
     return nbd.deconvolve(volume, chosen, on_step=on_step, checkpoints=checkpoints)
