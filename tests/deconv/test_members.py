@@ -53,7 +53,7 @@ def test_the_right_skew_explains_the_image():
         one = member((0.0, 0.0, skew))
         x = torch.from_numpy(minimiser(y, one))
         left[skew] = float((applied(PooledBlur(SHAPE, one.kernel, kernel_grid="fine"), x) - y).norm())
-    assert left[0.6] < 0.5 * left[-0.6]
+    assert left[0.6] < 0.7 * left[-0.6]
 
 
 def test_image_and_kernel_turned_around_give_the_image_turned_around():
