@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from deconv import seams
 from deconv.finish import residual
+from deconv.interpolate import doubled
 from deconv.kernels import FWHM_PER_SIGMA, gaussian
 from deconv.metrics import kernel_centroid, kernel_fwhm_mm
 from deconv.region import Region, region
@@ -79,10 +80,8 @@ def gates(volume: Volume, result: Deconvolution) -> tuple[Gate, ...]:
             _gate("slice-activity", _slice_change(volume.array, off, where), SLICE_ACTIVITY),
             _gate("residual", float(np.sqrt(np.mean(off.astype(np.float64) ** 2))) / top, RESIDUAL),
         ]
-    faces = _faces(where, result)
-    if any(faces):
-        crop = tuple(slice(2 * s.start, 2 * s.stop) for s in where.crop)
-        found.append(_gate("seam", seams.seam(result.image.array[crop], faces), seams.LIMIT))
+    if not where.is_whole or result.settings.get("tile_faces"):
+        found.append(_gate("seam", _seam(volume, result, where), seams.LIMIT))
     if result.uncertainty is not None:
         found.append(_gate("uncertainty", _impossible(result.image, result.uncertainty), 0.0))
     return tuple(found)
@@ -103,14 +102,17 @@ def _deblurred(volume: Volume, result: Deconvolution) -> Region:
     return region(volume, str(spec) if spec else "whole")
 
 
-def _faces(where: Region, result: Deconvolution) -> tuple[tuple[int, ...], ...]:
-    """The planes of the crop, fine voxels along each axis, where two images pass into each other."""
-    tiles = result.settings.get("tile_faces") or ((), (), ())
-    faces = []
-    for inside, crop, n, own in zip(where.inside, where.crop, where.shape, tiles, strict=True):
-        ends = [end for end, border in ((inside.start, 0), (inside.stop, n)) if end != border]
-        faces.append((*(2 * (end - crop.start) for end in ends), *map(int, own)))
-    return tuple(faces)
+def _seam(volume: Volume, result: Deconvolution, where: Region) -> float:
+    """The worst seam, at the region's border and between tiles.
+
+    At the border what was added to the upsampled source is looked at: anatomy that happens to end there cancels.
+    """
+    at = tuple(slice(2 * s.start, 2 * s.stop) for s in where.crop)
+    image = result.image.array[at]
+    border = [[2 * (end - crop.start) for end, edge in ((inside.start, 0), (inside.stop, n)) if end != edge]
+              for inside, crop, n in zip(where.inside, where.crop, where.shape, strict=True)]
+    return max(seams.seam(image - doubled(volume.array)[at], border),
+               seams.seam(image, result.settings.get("tile_faces") or ((), (), ())))
 
 
 def _impossible(image: Volume, uncertainty: Volume) -> float:

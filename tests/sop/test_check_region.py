@@ -62,7 +62,7 @@ def checked(folder: Path, image: Image = pasted, *, source: dict[str, Any] | Non
         fault(slices)
         for path, ds in zip(derived, slices, strict=True):
             ds.save_as(path)
-    return check_derived(files, derived, **({"kernel": kernel(), "kernel_spacing": SPACING} if blur else {}))
+    return check_derived(files, derived, kernel=kernel() if blur else None, kernel_spacing=SPACING if blur else None)
 
 
 def failed(report: CheckReport) -> set[str]:
