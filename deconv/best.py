@@ -201,13 +201,13 @@ def _skew(
 ) -> Floats:
     """The skew of the most telling region; halfway to a library's where there is one."""
     if not settings.skew_iterations:
-        return np.array(settings.psf_skew)
+        return np.array(settings.psf_skew, dtype=np.float64)
     tries = [0]
 
     def told(cost: float) -> None:
         tries[0] += 1
         if on_step is not None:
-            on_step(Progress("kernel", min(tries[0], MOST_TRIES), MOST_TRIES, cost))
+            on_step(Progress("kernel", min(tries[0], MOST_TRIES), MOST_TRIES + _image_steps(settings), cost))
 
     part = y[informative_region(y, spacing, settings.skew_voxels)]
     part = part / part.max()
@@ -216,7 +216,12 @@ def _skew(
     return (found + np.array(settings.psf_skew)) / 2 if settings.psf == "prior" else found
 
 
+#: of kernels in the search for the skew, mostly
 MOST_TRIES = 15
+
+
+def _image_steps(settings: Settings) -> int:
+    return 2 * settings.iterations * (2 if settings.spread > 0 else 1)
 
 
 def kernel_on_pet_grid(fwhm_mm: Floats, skew: Floats, spacing: Floats) -> NDArray[np.float32]:
@@ -241,18 +246,20 @@ def _image(
 ) -> Tiled:
     """Mean and standard deviation of the members, tile by tile."""
     members = _members(psf, spacing, settings)
-    steps = 2 * settings.iterations * len(members)
+    steps = _image_steps(settings)
     present = [Tile(0, 1, (slice(None),) * 3, 0)]
     done = [0]
 
     def count(loss: float) -> None:
         done[0] += 1
         if on_step is not None:
-            on_step(Progress("image", min(done[0], steps), steps * present[0].count, loss))
+            # tiles share the steps of one, so that the total is known before their number is
+            step = (present[0].number * steps + min(done[0], steps)) // present[0].count
+            on_step(Progress("image", MOST_TRIES + step, MOST_TRIES + steps, loss))
 
     def solve(part: Image) -> tuple[torch.Tensor, torch.Tensor]:
         tile = torch.as_tensor(np.array(part)).to(device)
-        done[0] = present[0].number * steps
+        done[0] = 0
         images = [solved(tile, member, lam=lam, iterations=settings.iterations, spacing=spacing.tolist(),
                          on_step=count) for member in members]
         mean, spread = mean_and_spread(images)
