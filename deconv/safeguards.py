@@ -55,22 +55,23 @@ def gates(volume: Volume, result: Deconvolution) -> tuple[Gate, ...]:
     slice-activity, largest relative change of a slice's activity after blurring again; residual, RMS over the source's
     maximum; maximum, over the source's; seam, where a region passes into its source, and at faces of tiles (settings
     "tile_faces", fine voxels of the region's crop): see deconv/seams.py; uncertainty, voxels where it is negative.
-    What a result does not have (kernel, faces, uncertainty) it is not asked for. Where only a region was
-    deblurred (settings "region_box"), blurring again is judged in its core, whose change counts against whole slices:
-    all else is the source itself.
+    What a result does not have (kernel, faces, uncertainty) it is not asked for. Where only a region was deblurred
+    (settings "region_box"), maximum and residual are those of the region, blurring again is judged in its
+    core, and what it changes counts against whole slices: all else is the source itself.
     Raises ValueError where the result does not lie on the doubled grid of the volume.
     """
     if not result.image.same_grid(volume.doubled(result.image.array)):
         raise ValueError("the result does not lie on the doubled grid of its source")
-    top = float(volume.array.max())
+    where = _deblurred(volume, result)
+    top = float(volume.array[where.inside].max())
+    highest = float(result.image.array[_fine(where.inside)].max())
     total = float(volume.array.sum(dtype=np.float64))
     after = float(result.image.array.sum(dtype=np.float64)) / 8.0
     found = [
-        _gate("activity", abs(after / total - 1.0) if total else float("inf"), ACTIVITY),
+        _gate("activity", abs(_over(after, total) - 1.0), ACTIVITY),
         _gate("activity-scale", abs(result.metrics.get("activity_scale", 1.0) - 1.0), ACTIVITY_SCALE),
-        _gate("maximum", float(result.image.array.max()) / top if top > 0 else float("inf"), MAXIMUM),
+        _gate("maximum", _over(highest, top), MAXIMUM),
     ]
-    where = _deblurred(volume, result)
     if result.kernel is not None:
         off = residual(volume, result.image, result.kernel)[where.core]
         found += [
@@ -78,7 +79,7 @@ def gates(volume: Volume, result: Deconvolution) -> tuple[Gate, ...]:
             _gate("kernel-maximum", float(result.kernel.max()), _kernel_limit(result)),
             _gate("kernel-width", max(kernel_fwhm_mm(result.kernel, result.kernel_spacing)), _width_limit(result)),
             _gate("slice-activity", _slice_change(volume.array, off, where), SLICE_ACTIVITY),
-            _gate("residual", float(np.sqrt(np.mean(off.astype(np.float64) ** 2))) / top, RESIDUAL),
+            _gate("residual", _over(float(np.sqrt(np.mean(off.astype(np.float64) ** 2))), top), RESIDUAL),
         ]
     if not where.is_whole or result.settings.get("tile_faces"):
         found.append(_gate("seam", _seam(volume, result, where), seams.LIMIT))
@@ -102,12 +103,17 @@ def _deblurred(volume: Volume, result: Deconvolution) -> Region:
     return region(volume, str(spec) if spec else "whole")
 
 
+def _fine(box: tuple[slice, ...]) -> tuple[slice, ...]:
+    """A box of PET voxels on the doubled grid."""
+    return tuple(slice(2 * s.start, 2 * s.stop) for s in box)
+
+
 def _seam(volume: Volume, result: Deconvolution, where: Region) -> float:
     """The worst seam, at the region's border and between tiles.
 
     At the border what was added to the upsampled source is looked at: anatomy that happens to end there cancels.
     """
-    at = tuple(slice(2 * s.start, 2 * s.stop) for s in where.crop)
+    at = _fine(where.crop)
     image = result.image.array[at]
     border = [[2 * (end - crop.start) for end, edge in ((inside.start, 0), (inside.stop, n)) if end != edge]
               for inside, crop, n in zip(where.inside, where.crop, where.shape, strict=True)]
@@ -122,6 +128,10 @@ def _impossible(image: Volume, uncertainty: Volume) -> float:
 
 def _gate(name: str, measured: float, limit: float) -> Gate:
     return Gate(name, bool(measured <= limit), measured, limit)
+
+
+def _over(value: float, whole: float) -> float:
+    return value / whole if whole > 0 else float("inf")
 
 
 def _kernel_limit(result: Deconvolution) -> float:

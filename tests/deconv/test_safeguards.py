@@ -190,6 +190,15 @@ def test_a_region_of_another_level_than_its_source_is_a_seam(large, boxed):
     assert "seam" in shut(large.measured, replace(boxed, image=boxed.image.with_array(array)))
 
 
+def test_a_region_is_judged_by_its_own_maximum(large, boxed):
+    """Something hotter far away does not excuse what rises four times above the region's source."""
+    hot = np.array(large.measured.array)
+    hot[:, 45:47, 45:47] = 50 * hot.max()
+    array = np.where(doubled(large.measured.array) == boxed.image.array, doubled(hot), 4 * boxed.image.array)
+    result = replace(boxed, image=boxed.image.with_array(array.astype(np.float32)))
+    assert {"maximum", "residual"} <= shut(large.measured.with_array(hot), result)
+
+
 def test_tiles_that_do_not_fit_are_a_seam(large, boxed):
     """At the faces that the result names, and there alone."""
     array = np.array(boxed.image.array)
