@@ -220,6 +220,10 @@ def _skew(
 MOST_TRIES = 15
 
 
+def _kernel_steps(settings: Settings) -> int:
+    return MOST_TRIES if settings.psf != "known" and settings.skew_iterations else 0
+
+
 def _image_steps(settings: Settings) -> int:
     return 2 * settings.iterations * (2 if settings.spread > 0 else 1)
 
@@ -246,7 +250,7 @@ def _image(
 ) -> Tiled:
     """Mean and standard deviation of the members, tile by tile."""
     members = _members(psf, spacing, settings)
-    steps = _image_steps(settings)
+    before, steps = _kernel_steps(settings), _image_steps(settings)
     present = [Tile(0, 1, (slice(None),) * 3, 0)]
     done = [0]
 
@@ -255,7 +259,7 @@ def _image(
         if on_step is not None:
             # tiles share the steps of one, so that the total is known before their number is
             step = (present[0].number * steps + min(done[0], steps)) // present[0].count
-            on_step(Progress("image", MOST_TRIES + step, MOST_TRIES + steps, loss))
+            on_step(Progress("image", before + step, before + steps, loss))
 
     def solve(part: Image) -> tuple[torch.Tensor, torch.Tensor]:
         tile = torch.as_tensor(np.array(part)).to(device)

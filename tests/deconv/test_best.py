@@ -392,6 +392,10 @@ def test_progress_is_told_and_a_run_can_be_stopped(volume: Volume):
     heard: list[Progress] = []
     deblurred(volume, heard.append, **KNOWN, iterations=3)
     assert [p.step for p in heard] == list(range(1, 13)) and {p.steps for p in heard} == {12}
+    heard.clear()
+    deblurred(volume, heard.append, iterations=3)
+    steps = [p.step for p in heard]
+    assert steps == sorted(steps) and steps[-1] == heard[-1].steps and {p.stage for p in heard} == {"kernel", "image"}
 
     def stop(progress: Progress) -> None:
         raise Cancelled

@@ -207,6 +207,7 @@ def test_diameters_that_make_no_sense_are_refused(wrong: list[float]) -> None:
         measure_psf(ring().measured, diameters_mm=wrong)
 
 
+@pytest.mark.slow
 def test_wrong_diameters_do_not_pass() -> None:
     """Twice the true size is no description of the image, or a width at the end of the range."""
     phantom = spheres((28, 64, 64), fwhm_mm=6.0)

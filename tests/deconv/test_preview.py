@@ -73,7 +73,7 @@ def test_tiles_leave_no_seam():
     long = spheres((72, 20, 20), fwhm_mm=6.0).measured
     whole, pieces = (
         nbd.deconvolve(long, nbd.settings("preview", **{**QUICK, "memory_gb": memory, "network_steps": 0}))
-        for memory in (2.0, 0.02)
+        for memory in (2.0, 0.025)
     )
     assert whole.metrics["tiles"] == 1 and pieces.metrics["tiles"] > 1
     assert pieces.settings["tile"] != whole.settings["tile"]
