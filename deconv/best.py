@@ -142,7 +142,7 @@ def deconvolve(
     psf = posterior(y, spacing, lam, settings, device=device, on_step=on_step)
     tiled = _image(y, psf, lam, spacing, settings, device, on_step, checkpoints)
     kernel = kernel_on_pet_grid(np.array(psf.fwhm_mm), np.array(psf.skew), spacing)
-    taken = {"region_box": found.text, "tile": list(tiled.tile), "seed": settings.seed}
+    taken = {"region_box": found.text, "tile": list(tiled.tile)}
     result = finished(
         volume, tiled.outputs[0], kernel, top, preset=settings.preset, settings={**plain(settings), **taken}, losses={},
         seconds=0.0, metrics={**_told(psf, settings), "tv_weight": lam, "tiles": float(tiled.count)}, region=found,
