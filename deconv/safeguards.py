@@ -53,11 +53,10 @@ def gates(volume: Volume, result: Deconvolution) -> tuple[Gate, ...]:
     kernel-centroid voxels from the centre, largest axis; kernel-maximum; kernel-width mm, widest axis; activity,
     relative change of the total; activity-scale, by how far the solver's total was off before it was corrected;
     slice-activity, largest relative change of a slice's activity after blurring again; residual, RMS over the source's
-    maximum; maximum, over the source's; seam, where a region passes into its source, and at faces of tiles (settings
-    "tile_faces", fine voxels of the region's crop): see deconv/seams.py; uncertainty, voxels where it is negative.
-    What a result does not have (kernel, faces, uncertainty) it is not asked for. Where only a region was deblurred
-    (settings "region_box"), maximum and residual are those of the region, blurring again is judged in its
-    core, and what it changes counts against whole slices: all else is the source itself.
+    maximum; maximum, over the source's; seam, where a region passes into its source (deconv/seams.py); uncertainty,
+    voxels where it is negative. What a result does not have (kernel, region, uncertainty) it is not asked for. Where
+    only a region was deblurred (settings "region_box"), maximum and residual are those of the region, blurring again is
+    judged in its core, and what it changes counts against whole slices: all else is the source itself.
     Raises ValueError where the result does not lie on the doubled grid of the volume.
     """
     if not result.image.same_grid(volume.doubled(result.image.array)):
@@ -81,7 +80,7 @@ def gates(volume: Volume, result: Deconvolution) -> tuple[Gate, ...]:
             _gate("slice-activity", _slice_change(volume.array, off, where), SLICE_ACTIVITY),
             _gate("residual", _over(float(np.sqrt(np.mean(off.astype(np.float64) ** 2))), top), RESIDUAL),
         ]
-    if not where.is_whole or result.settings.get("tile_faces"):
+    if not where.is_whole:
         found.append(_gate("seam", _seam(volume, result, where), seams.LIMIT))
     if result.uncertainty is not None:
         found.append(_gate("uncertainty", _impossible(result.image, result.uncertainty), 0.0))
@@ -109,16 +108,12 @@ def _fine(box: tuple[slice, ...]) -> tuple[slice, ...]:
 
 
 def _seam(volume: Volume, result: Deconvolution, where: Region) -> float:
-    """The worst seam, at the region's border and between tiles.
-
-    At the border what was added to the upsampled source is looked at: anatomy that happens to end there cancels.
-    """
+    """The worst seam at the region's border, in what was added to the source: anatomy that ends there cancels."""
     at = _fine(where.crop)
     image = result.image.array[at]
     border = [[2 * (end - crop.start) for end, edge in ((inside.start, 0), (inside.stop, n)) if end != edge]
               for inside, crop, n in zip(where.inside, where.crop, where.shape, strict=True)]
-    return max(seams.seam(image - doubled(volume.array)[at], border),
-               seams.seam(image, result.settings.get("tile_faces") or ((), (), ())))
+    return seams.seam(image - doubled(volume.array)[at], border)
 
 
 def _impossible(image: Volume, uncertainty: Volume) -> float:

@@ -199,16 +199,6 @@ def test_a_region_is_judged_by_its_own_maximum(large, boxed):
     assert {"maximum", "residual"} <= shut(large.measured.with_array(hot), result)
 
 
-def test_tiles_that_do_not_fit_are_a_seam(large, boxed):
-    """At the faces that the result names, and there alone."""
-    array = np.array(boxed.image.array)
-    array[20:] = array[20:, ::-1, ::-1]
-    broken = replace(boxed, image=boxed.image.with_array(array))
-    whole = {"region_box": "box:0-24,0-48,0-48"}
-    assert "seam" in shut(large.measured, replace(broken, settings={**whole, "tile_faces": [[20], [], []]}))
-    assert "seam" not in {g.name for g in gates(large.measured, replace(broken, settings=whole))}
-
-
 def test_activity_of_a_slice_in_a_region_counts_against_the_whole_slice(large, boxed):
     """Five per cent of the region's slices is too much; what little a small box holds of its slice may vary."""
     array = np.array(boxed.image.array)
