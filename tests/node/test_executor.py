@@ -27,7 +27,7 @@ from tests.node.line import PET_ROUTE, Line
 from tests.peers import REPOSITORY, StoragePeer, wait_until
 
 ROUTE = PET_ROUTE + 'guide = "never"\n'
-TOML = "[work]\nattempts = 2\nretry_s = 60\nlease_s = 5\nhang_s = 10\n"
+TOML = "[work]\nattempts = 2\nretry_s = 60\nlease_s = 5\nhang_s = 60\n"
 PRELUDE = """
 import json, os, pathlib, signal, sys, time
 order = pathlib.Path(sys.argv[1])
