@@ -44,6 +44,8 @@ __all__ = ["BEST", "Psf", "Settings", "deconvolve", "kernel_on_pet_grid", "poste
 Triple = tuple[float, float, float]
 Floats = NDArray[np.float64]
 
+#: of TV's weight: on noisy whole bodies more of it changes the activity of slices by more than the gates allow
+MOST_TV = 6e-3
 #: memory for each PET voxel of a tile's padded grid
 BYTES_PER_VOXEL = 1100.0
 #: held for each PET voxel besides: source, mean and spread
@@ -138,7 +140,7 @@ def deconvolve(
     check_shape(inner.shape)
     y, top = normalised(inner)
     spacing = np.asarray(volume.spacing, dtype=np.float64)
-    lam = settings.tv_weight or tv_weight(y)
+    lam = settings.tv_weight or min(tv_weight(y), MOST_TV)
     psf = posterior(y, spacing, lam, settings, device=device, on_step=on_step)
     tiled = _image(y, psf, lam, spacing, settings, device, on_step, checkpoints)
     kernel = kernel_on_pet_grid(np.array(psf.fwhm_mm), np.array(psf.skew), spacing)

@@ -25,6 +25,7 @@ FWHM_MM = 10.0  # wider than any clinical PET
 ACTIVITY = 0.005
 ACTIVITY_SCALE = 0.05  # what the solver's own activity may have been off before it was scaled
 SLICE_ACTIVITY = 0.02
+END_SLICE_ACTIVITY = 0.1  # what lies beyond the field of view is not known, and it blurs into the slices at its ends
 SLICE_SHARE = 0.1  # slices with less than this share of the mean activity of a slice are not judged
 RESIDUAL = 0.05
 MAXIMUM = 3.0
@@ -52,11 +53,12 @@ def gates(volume: Volume, result: Deconvolution) -> tuple[Gate, ...]:
 
     kernel-centroid voxels from the centre, largest axis; kernel-maximum; kernel-width mm, widest axis; activity,
     relative change of the total; activity-scale, by how far the solver's total was off before it was corrected;
-    slice-activity, largest relative change of a slice's activity after blurring again; residual, RMS over the source's
-    maximum; maximum, over the source's; seam, where a region passes into its source (deconv/seams.py); uncertainty,
-    voxels where it is negative. What a result does not have (kernel, region, uncertainty) it is not asked for. Where
-    only a region was deblurred (settings "region_box"), maximum and residual are those of the region, blurring again is
-    judged in its core, and what it changes counts against whole slices: all else is the source itself.
+    slice-activity and end-slice-activity, largest relative change of a slice's activity after blurring again; residual,
+    RMS over the source's maximum; maximum, over the source's; seam, where a region passes into its source
+    (deconv/seams.py); uncertainty, voxels where it is negative. What a result does not have (kernel, region,
+    uncertainty) it is not asked for. Where only a region was deblurred (settings "region_box"), maximum and residual
+    are those of the region, blurring again is judged in its core, and what it changes counts against whole slices: all
+    else is the source itself.
     Raises ValueError where the result does not lie on the doubled grid of the volume.
     """
     if not result.image.same_grid(volume.doubled(result.image.array)):
@@ -77,7 +79,7 @@ def gates(volume: Volume, result: Deconvolution) -> tuple[Gate, ...]:
             _gate("kernel-centroid", float(np.abs(kernel_centroid(result.kernel)).max()), CENTROID_VOXELS),
             _gate("kernel-maximum", float(result.kernel.max()), _kernel_limit(result)),
             _gate("kernel-width", max(kernel_fwhm_mm(result.kernel, result.kernel_spacing)), _width_limit(result)),
-            _gate("slice-activity", _slice_change(volume.array, off, where), SLICE_ACTIVITY),
+            *_slice_gates(volume.array, off, where, result.kernel),
             _gate("residual", _over(float(np.sqrt(np.mean(off.astype(np.float64) ** 2))), top), RESIDUAL),
         ]
     if not where.is_whole:
@@ -153,10 +155,25 @@ def _width_limit(result: Deconvolution) -> float:
     return FWHM_MM + 0.5 * max(result.kernel_spacing)
 
 
-def _slice_change(source: NDArray[np.float32], off: NDArray[np.float32], where: Region) -> float:
-    """The largest change of a slice, `off` in the core and none elsewhere, over what the whole slice holds."""
+def _slice_gates(
+    source: NDArray[np.float32], off: NDArray[np.float32], where: Region, kernel: NDArray[np.float32]
+) -> list[Gate]:
+    """The largest change of a slice, `off` in the core and none elsewhere, over what the whole slice holds.
+
+    Slices that the kernel's half width reaches from beyond the field of view have a limit of their own.
+    """
     before = source.sum(axis=(1, 2), dtype=np.float64)
     change = np.zeros_like(before)
     change[where.core[0]] = np.abs(off.sum(axis=(1, 2), dtype=np.float64))
     judged = before > SLICE_SHARE * before.mean()
-    return float((change[judged] / before[judged]).max()) if judged.any() else float("inf")
+    share = np.where(judged, change / np.where(judged, before, 1.0), 0.0 if judged.any() else np.inf)
+    reach = min(_half_width(kernel), (len(share) - 1) // 2)
+    inside, ends = share[reach : len(share) - reach], np.concatenate([share[:reach], share[len(share) - reach :]])
+    return [_gate("slice-activity", float(inside.max()), SLICE_ACTIVITY),
+            _gate("end-slice-activity", float(ends.max(initial=0.0)), END_SLICE_ACTIVITY)]
+
+
+def _half_width(kernel: NDArray[np.float32]) -> int:
+    """Slices from the kernel's middle to where its profile has fallen below half its maximum; at least one."""
+    profile = kernel.sum(axis=(1, 2))
+    return max(1, int((profile >= 0.5 * profile.max()).sum()) // 2)
