@@ -70,6 +70,17 @@ def test_invented_activity_shuts_its_gate(phantom, honest, factor, gate):
     assert gate in shut(phantom.measured, replace(honest, image=image))
 
 
+def test_slices_at_the_ends_have_a_limit_of_their_own(phantom, honest):
+    """What lies beyond the field of view is not known: some per cent pass there, a half more does not."""
+    def changed(factor: float) -> set[str]:
+        array = np.array(honest.image.array)
+        array[-2:] *= np.float32(factor)
+        return shut(phantom.measured, replace(honest, image=honest.image.with_array(array)))
+
+    assert "end-slice-activity" not in changed(1.05)
+    assert "end-slice-activity" in changed(1.5)
+
+
 def test_activity_moved_between_slices_shuts_its_gate(phantom, honest):
     """The total alone would not tell: five per cent from one slice to the next."""
     array = np.array(honest.image.array)
