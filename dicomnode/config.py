@@ -2,155 +2,49 @@
 
 from __future__ import annotations
 
-import ipaddress
-import re
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
+from pydantic import ValidationError, model_validator
 
 from dicomnode.errors import ConfigError
+from dicomnode.sections import (
+    Alerts,
+    Completeness,
+    Delivery,
+    Derived,
+    Node,
+    Peer,
+    Reception,
+    Retention,
+    Route,
+    Schedule,
+    Section,
+    Services,
+    Tls,
+    Work,
+)
 
 __all__ = [
-    "Completeness", "Config", "Delivery", "Derived", "Node", "Peer", "Reception", "Route", "Work", "load", "parse",
+    "Alerts", "Completeness", "Config", "Delivery", "Derived", "Node", "Peer", "Reception", "Retention", "Route",
+    "Schedule", "Services", "Tls", "Work", "load", "parse",
 ]
 
-# PS3.5 Table 6.2-1: AE is at most 16 characters of the default repertoire, no backslash or control characters.
-AETitle = Annotated[
-    str, StringConstraints(strip_whitespace=True, min_length=1, max_length=16, pattern=r"^[ -\[\]-~]+$")]
-Name = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[\w. -]+$")]
-Port = Annotated[int, Field(ge=1, le=65535)]
-Seconds = Annotated[float, Field(ge=0)]
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Node(_Section):
-    """Who we are and where we keep things."""
-
-    ae_title: AETitle = "NBDNODE"
-    host: str = "127.0.0.1"
-    port: Port = 11112
-    data_dir: Path = Path("/var/lib/dicomnode")
-    uid_root: str = "2.25"
-    institution: str = ""
-    station_name: str = ""
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
-    log_json: bool = False
-
-    @field_validator("uid_root")
-    @classmethod
-    def _root(cls, value: str) -> str:
-        if not re.fullmatch(r"[0-2](\.(0|[1-9]\d*))+", value) or len(value) > 24:
-            raise ValueError("must be a UID root of digits and dots, at most 24 characters, e.g. 1.2.826.0.1.3680043")
-        return value
-
-
-class Reception(_Section):
-    """The Storage SCP: who may associate, how much at once, how large."""
-
-    max_associations: Annotated[int, Field(ge=1, le=1000)] = 60
-    max_pdu: Annotated[int, Field(ge=4096, le=1048576)] = 131072
-    acse_timeout_s: Annotated[float, Field(gt=0)] = 30
-    dimse_timeout_s: Annotated[float, Field(gt=0)] = 60
-    network_timeout_s: Annotated[float, Field(gt=0)] = 120
-    max_object_mb: Annotated[int, Field(ge=1)] = 2048
-    low_disk_mb: Annotated[int, Field(ge=0)] = 2048
-    require_called_ae_title: bool = True
-
-
-class Completeness(_Section):
-    """When a series counts as whole, and how long it is waited for."""
-
-    quiet_s: Seconds = 30
-    give_up_h: Annotated[float, Field(gt=0)] = 24
-    ct_wait_s: Seconds = 600
-
-
-class Work(_Section):
-    """How jobs run."""
-
-    device: Annotated[str, StringConstraints(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
-    threads: Annotated[int, Field(ge=0)] = 0
-    attempts: Annotated[int, Field(ge=1)] = 3
-    retry_s: Seconds = 60
-    lease_s: Annotated[float, Field(ge=5)] = 60
-    hang_s: Annotated[float, Field(ge=10)] = 1800
-
-
-class Delivery(_Section):
-    """How derived series are sent."""
-
-    retry_s: Annotated[float, Field(gt=0)] = 30
-    retry_max_s: Annotated[float, Field(gt=0)] = 3600
-    give_up_h: Annotated[float, Field(gt=0)] = 72
-    connect_timeout_s: Annotated[float, Field(gt=0)] = 10
-    dimse_timeout_s: Annotated[float, Field(gt=0)] = 60
-
-
-class Derived(_Section):
-    """What the derived series carries."""
-
-    series_description: str = "NBD deblurred"
-    series_number_offset: Annotated[int, Field(ge=1)] = 1000
-    research_use: bool = True
-
-
-class Peer(_Section):
-    """Who may send to us (AE title and address) and to whom we send (host and port)."""
-
-    name: Name
-    ae_title: AETitle
-    host: str
-    port: Port | None = None
-    addresses: tuple[str, ...] = ()
-    may_send: bool = True
-
-    @field_validator("addresses")
-    @classmethod
-    def _networks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for text in value:
-            ipaddress.ip_network(text, strict=False)
-        return value
-
-
-class Route(_Section):
-    """Which series is processed how, and where the result goes. First match wins."""
-
-    name: Name
-    when: dict[str, str | list[str]]
-    method: str = "nbd"
-    preset: str = "best"
-    settings: dict[str, Any] = {}
-    psf: Literal["blind", "library", "measured"] = "library"
-    send_to: tuple[str, ...]
-    guide: Literal["prefer", "require", "never"] = "prefer"
-    ct_wait_s: Seconds | None = None
-    series_description: str | None = None
-    priority: int = 0
-
-    @field_validator("send_to")
-    @classmethod
-    def _somewhere(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if not value:
-            raise ValueError("must name at least one peer")
-        if len(set(value)) != len(value):
-            raise ValueError("names a peer twice")
-        return value
-
-
-class Config(_Section):
+class Config(Section):
     """The whole configuration."""
 
     node: Node = Node()
     reception: Reception = Reception()
+    services: Services = Services()
+    tls: Tls = Tls()
     completeness: Completeness = Completeness()
+    schedule: Schedule = Schedule()
     work: Work = Work()
     delivery: Delivery = Delivery()
     derived: Derived = Derived()
+    retention: Retention = Retention()
+    alerts: Alerts = Alerts()
     peer: tuple[Peer, ...] = ()
     route: tuple[Route, ...] = ()
 
@@ -165,8 +59,18 @@ class Config(_Section):
             for name in route.send_to:
                 if name not in peers:
                     raise ValueError(f"route {route.name!r} sends to {name!r}, and no [[peer]] has that name")
-                if peers[name].port is None:
+                if peers[name].port is None and peers[name].stow_url is None:
                     raise ValueError(f"route {route.name!r} sends to {name!r}, and that [[peer]] has no port")
+            if route.source is not None and not (route.source in peers and peers[route.source].query):
+                raise ValueError(f"route {route.name!r} has source {route.source!r}; no [[peer]] with query = true "
+                                 "has that name")
+        for peer in self.peer:
+            if (peer.query or peer.confirm != "store") and peer.port is None:
+                raise ValueError(f"peer {peer.name!r} is to be asked (query, confirm) and has no port")
+        if self.schedule.retrieve_at is not None and not any(peer.query for peer in self.peer):
+            raise ValueError("schedule.retrieve_at needs a [[peer]] with query = true")
+        if self.work.executor == "dask" and not self.work.dask_scheduler:
+            raise ValueError("work.executor = \"dask\" needs work.dask_scheduler, e.g. \"tcp://scheduler:8786\"")
         return self
 
     def named_peer(self, name: str) -> Peer:

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dicomnode.errors import LedgerCorrupt, NotFound, TransitionRefused
+from dicomnode.migrations import SCHEMA_VERSION, migrate
 from dicomnode.states import may_follow
 
 __all__ = ["SCHEMA_VERSION", "InstanceRow", "Kept", "Ledger", "NewJob"]
 
-SCHEMA_VERSION = 2  # 2: the table psf
 Kept = Literal["new", "repeat", "conflict"]
 
 
@@ -92,17 +92,7 @@ class Ledger:
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")
             self._db.execute("PRAGMA foreign_keys=ON")
-            version = self._db.execute("PRAGMA user_version").fetchone()[0]
-            if version < SCHEMA_VERSION:
-                # IF NOT EXISTS throughout: two processes that start at once both succeed, and a ledger of an earlier
-                # version gets the tables that it lacks; none of those it has was ever changed.
-                self._db.executescript(SQL["schema"])
-                self._db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
-            elif version > SCHEMA_VERSION:
-                raise LedgerCorrupt(
-                    f"ledger {self.path} has schema version {version}, this software knows {SCHEMA_VERSION}. "
-                    "Remedy: run the software version that wrote it."
-                )
+            migrate(self._db, self.path, SQL["schema"])
         except sqlite3.DatabaseError as error:
             raise LedgerCorrupt(
                 f"ledger {self.path} cannot be opened: {error}. Remedy: keep the file, restore it from a backup."
@@ -121,7 +111,7 @@ class Ledger:
     def check(self) -> None:
         """Read every page of the file. Raises LedgerCorrupt with what sqlite found."""
         try:
-            found = [row[0] for row in self._query("PRAGMA quick_check")]
+            found = [row[0] for row in self.query("PRAGMA quick_check")]
         except sqlite3.DatabaseError as error:
             found = [str(error)]
         if found != ["ok"]:
@@ -147,17 +137,18 @@ class Ledger:
                     self._db.execute("ROLLBACK")
                 raise
 
-    def _query(self, sql: str, parameters: Mapping[str, Any] | Sequence[Any] = ()) -> list[sqlite3.Row]:
+    def query(self, sql: str, parameters: Mapping[str, Any] | Sequence[Any] = ()) -> list[sqlite3.Row]:
+        """All rows of a SELECT."""
         with self._lock:
             return self._db.execute(sql, parameters).fetchall()
 
     def _one(self, sql: str, parameters: Sequence[Any]) -> dict[str, Any] | None:
-        rows = self._query(sql, parameters)
+        rows = self.query(sql, parameters)
         return dict(rows[0]) if rows else None
 
     def event(self, kind: str, *, now: float, study_uid: str = "", series_uid: str = "", job_id: int | None = None,
               from_state: str = "", to_state: str = "", code: str = "", reason: str = "", actor: str = "node") -> None:
-        """Write one line of history: kind is series, job, delivery, psf, reception or security."""
+        """Write one line of history: kind is series, job, delivery, psf, reception, security, source or node."""
         with self.transaction() as db:
             db.execute(SQL["add_event"], {
                 "at": now, "study_uid": study_uid, "series_uid": series_uid, "job_id": job_id, "kind": kind,
@@ -210,7 +201,7 @@ class Ledger:
 
     def instances(self, series_uid: str) -> list[dict[str, Any]]:
         """The instances of a series in order of arrival; position and orientation as tuples or None."""
-        rows = [dict(row) for row in self._query(
+        rows = [dict(row) for row in self.query(
             "SELECT * FROM instance WHERE series_uid = ? ORDER BY received_at, sop_instance_uid", (series_uid,))]
         for row in rows:
             for key in ("position", "orientation"):
@@ -219,7 +210,7 @@ class Ledger:
 
     def conflicts(self, series_uid: str, *, accepted: bool = False) -> list[dict[str, Any]]:
         """The conflict rows of a series that a person has not yet accepted (or has)."""
-        return [dict(row) for row in self._query(
+        return [dict(row) for row in self.query(
             "SELECT * FROM conflict WHERE series_uid = ? AND accepted = ?", (series_uid, int(accepted)))]
 
     # --- series
@@ -232,12 +223,12 @@ class Ledger:
         return row
 
     def series_of_study(self, study_uid: str) -> list[dict[str, Any]]:
-        return [dict(row) for row in self._query(
+        return [dict(row) for row in self.query(
             "SELECT * FROM series WHERE study_uid = ? ORDER BY series_uid", (study_uid,))]
 
     def due_series(self, *, now: float, quiet_s: float) -> list[dict[str, Any]]:
         """Series to look at now: receiving and quiet for `quiet_s`, or waiting until a time that has come."""
-        return [dict(row) for row in self._query(SQL["due_series"], {"now": now, "quiet_before": now - quiet_s})]
+        return [dict(row) for row in self.query(SQL["due_series"], {"now": now, "quiet_before": now - quiet_s})]
 
     def set_series(self, series_uid: str, state: str, *, now: float, code: str = "", reason: str = "",
                    until: float | None = None, is_guide: bool | None = None, released: bool | None = None,
@@ -284,7 +275,7 @@ class Ledger:
 
     def jobs_of_series(self, series_uid: str) -> list[dict[str, Any]]:
         """Oldest first."""
-        return [_decoded(dict(row)) for row in self._query(
+        return [_decoded(dict(row)) for row in self.query(
             "SELECT * FROM job WHERE series_uid = ? ORDER BY id", (series_uid,))]
 
     def job_of_derived(self, derived_series_uid: str) -> dict[str, Any] | None:
@@ -294,10 +285,10 @@ class Ledger:
 
     def claim(self, owner: str, *, now: float, lease_s: float) -> dict[str, Any] | None:
         """Take the next job: queued, failed and due again, or running under a lease that ran out. None: no job."""
-        if not self._query(SQL["claimable"], {"now": now}):
+        if not self.query(SQL["claimable"], {"now": now}):
             return None  # a worker that asks in vain must not take the write lock from the receiver
         with self.transaction():
-            rows = self._query(SQL["claimable"], {"now": now})
+            rows = self.query(SQL["claimable"], {"now": now})
             if not rows:
                 return None
             job = dict(rows[0])
@@ -310,11 +301,11 @@ class Ledger:
 
     def running_jobs(self) -> list[dict[str, Any]]:
         """Jobs in state running, whoever has their lease."""
-        return [_decoded(dict(row)) for row in self._query("SELECT * FROM job WHERE state = 'running' ORDER BY id")]
+        return [_decoded(dict(row)) for row in self.query("SELECT * FROM job WHERE state = 'running' ORDER BY id")]
 
     def count_events(self, job_id: int, *, code: str) -> int:
         """How often the history of a job shows that code."""
-        return int(self._query("SELECT count(*) AS n FROM event WHERE job_id = ? AND code = ?", (job_id, code))[0]["n"])
+        return int(self.query("SELECT count(*) AS n FROM event WHERE job_id = ? AND code = ?", (job_id, code))[0]["n"])
 
     def renew(self, job_id: int, owner: str, *, now: float, lease_s: float,
               progress: Mapping[str, Any] | None = None) -> bool:
@@ -378,14 +369,14 @@ class Ledger:
     # --- deliveries
 
     def due_deliveries(self, *, now: float) -> list[dict[str, Any]]:
-        return [dict(row) for row in self._query(SQL["due_deliveries"], {"now": now})]
+        return [dict(row) for row in self.query(SQL["due_deliveries"], {"now": now})]
 
     def deliveries(self, job_id: int) -> list[dict[str, Any]]:
-        return [dict(row) for row in self._query("SELECT * FROM delivery WHERE job_id = ? ORDER BY id", (job_id,))]
+        return [dict(row) for row in self.query("SELECT * FROM delivery WHERE job_id = ? ORDER BY id", (job_id,))]
 
     def statuses(self, delivery_id: int) -> dict[str, int]:
         """SOP Instance UID -> C-STORE status of the last attempt."""
-        return {row["sop_instance_uid"]: row["status"] for row in self._query(
+        return {row["sop_instance_uid"]: row["status"] for row in self.query(
             "SELECT sop_instance_uid, status FROM delivery_instance WHERE delivery_id = ?", (delivery_id,))}
 
     def put_statuses(self, delivery_id: int, statuses: Iterable[tuple[str, int, str]], *, now: float) -> None:
@@ -435,7 +426,7 @@ class Ledger:
     def psfs(self, scanner_key: Mapping[str, str] | None = None, *, forgotten: bool = False) -> list[dict[str, Any]]:
         """The PSF rows, oldest first, JSON decoded; of one scanner key, or all. `forgotten`: also those taken out."""
         key = None if scanner_key is None else json.dumps(dict(scanner_key), sort_keys=True)
-        return [_decoded(dict(row)) for row in self._query(
+        return [_decoded(dict(row)) for row in self.query(
             "SELECT * FROM psf WHERE (? IS NULL OR scanner_key = ?) AND (? OR forgotten_at IS NULL) ORDER BY at, id",
             (key, key, forgotten))]
 
@@ -476,19 +467,19 @@ class Ledger:
 
     def overview(self, study: str | None = None, *, limit: int = 100_000) -> list[dict[str, Any]]:
         """One row per series, newest first; `study`: only that study, series, derived series or accession number."""
-        return [dict(row) for row in self._query(SQL["overview"], {"study": study, "limit": limit})]
+        return [dict(row) for row in self.query(SQL["overview"], {"study": study, "limit": limit})]
 
     def events(self, *, study_uid: str | None = None, limit: int = 10_000) -> list[dict[str, Any]]:
         """History, oldest first."""
-        return [dict(row) for row in self._query(
+        return [dict(row) for row in self.query(
             "SELECT * FROM (SELECT * FROM event WHERE ? IS NULL OR study_uid = ? ORDER BY id DESC LIMIT ?) ORDER BY id",
             (study_uid, study_uid, limit))]
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Rows by state: {"series": {...}, "job": {...}, "delivery": {...}, "instance": {"all": n}}."""
-        found = {table: {row["state"]: row["n"] for row in self._query(
+        found = {table: {row["state"]: row["n"] for row in self.query(
             f"SELECT state, count(*) AS n FROM {table} GROUP BY state")} for table in ("series", "job", "delivery")}
-        found["instance"] = {"all": self._query("SELECT count(*) AS n FROM instance")[0]["n"]}
+        found["instance"] = {"all": self.query("SELECT count(*) AS n FROM instance")[0]["n"]}
         return found
 
 

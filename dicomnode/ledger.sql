@@ -51,7 +51,8 @@ CREATE TABLE IF NOT EXISTS series (
     last_at            REAL NOT NULL,       -- last new instance
     instances          INTEGER NOT NULL,
     is_guide           INTEGER NOT NULL DEFAULT 0,
-    released           INTEGER NOT NULL DEFAULT 0  -- a person said: process it all the same
+    released           INTEGER NOT NULL DEFAULT 0, -- a person said: process it all the same
+    purged_at          REAL                        -- its files were removed then (since version 3)
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS series_study ON series (study_uid);
 CREATE INDEX IF NOT EXISTS series_state ON series (state, last_at);
@@ -84,7 +85,11 @@ CREATE TABLE IF NOT EXISTS job (
     derived_series_uid TEXT,
     derived_path       TEXT,                 -- folder relative to the data directory
     derived_instances  INTEGER,
-    report             TEXT                  -- JSON: checks, gates, metrics
+    report             TEXT,                 -- JSON: checks, gates, metrics
+    urgent             INTEGER NOT NULL DEFAULT 0,  -- starts outside the windows, before all others (since version 3)
+    memory_gb          REAL,                 -- after a lack of memory: what the next attempt may use (since version 3)
+    device             TEXT,                 -- where it ran (since version 3)
+    purged_at          REAL                  -- the derived files were removed then (since version 3)
 );
 CREATE INDEX IF NOT EXISTS job_state ON job (state, run_after);
 CREATE INDEX IF NOT EXISTS job_series ON job (series_uid);
@@ -94,7 +99,7 @@ CREATE TABLE IF NOT EXISTS delivery (
     id         INTEGER PRIMARY KEY AUTOINCREMENT,
     job_id     INTEGER NOT NULL REFERENCES job (id),
     peer       TEXT NOT NULL,
-    state      TEXT NOT NULL,               -- waiting, delivered, dead
+    state      TEXT NOT NULL,               -- waiting, delivered, committed, dead
     reason     TEXT NOT NULL DEFAULT '',
     attempts   INTEGER NOT NULL DEFAULT 0,
     next_at    REAL NOT NULL,
@@ -118,7 +123,7 @@ CREATE TABLE IF NOT EXISTS event (
     study_uid  TEXT NOT NULL DEFAULT '',
     series_uid TEXT NOT NULL DEFAULT '',
     job_id     INTEGER,
-    kind       TEXT NOT NULL,               -- series, job, delivery, psf, reception, security
+    kind       TEXT NOT NULL,               -- series, job, delivery, psf, reception, security, source, node
     from_state TEXT NOT NULL DEFAULT '',
     to_state   TEXT NOT NULL DEFAULT '',
     code       TEXT NOT NULL DEFAULT '',
@@ -147,6 +152,79 @@ CREATE TABLE IF NOT EXISTS psf (            -- the PSF library (since version 2)
     UNIQUE (kind, source)
 );
 CREATE INDEX IF NOT EXISTS psf_key ON psf (scanner_key);
+
+-- Since version 3.
+
+CREATE TABLE IF NOT EXISTS commitment (     -- storage commitment that we asked a peer for (PS3.4 Annex J)
+    transaction_uid TEXT PRIMARY KEY,
+    delivery_id     INTEGER NOT NULL REFERENCES delivery (id),
+    state           TEXT NOT NULL,          -- asked, confirmed, failed, late
+    reason          TEXT NOT NULL DEFAULT '',
+    attempt         INTEGER NOT NULL,
+    asked_at        REAL NOT NULL,
+    due_at          REAL NOT NULL,          -- without an answer until then: asked again, or proven by C-FIND
+    answered_at     REAL
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS commitment_delivery ON commitment (delivery_id, asked_at);
+CREATE INDEX IF NOT EXISTS commitment_state ON commitment (state, due_at);
+
+CREATE TABLE IF NOT EXISTS commitment_request (  -- storage commitment that a peer asked us for
+    transaction_uid TEXT NOT NULL,
+    calling_ae      TEXT NOT NULL,
+    address         TEXT NOT NULL,
+    items           TEXT NOT NULL,          -- JSON: [[SOP Class UID, SOP Instance UID], ...]
+    state           TEXT NOT NULL,          -- waiting, answered, given-up
+    reason          TEXT NOT NULL DEFAULT '',
+    attempts        INTEGER NOT NULL DEFAULT 0,
+    asked_at        REAL NOT NULL,
+    next_at         REAL NOT NULL,
+    answered_at     REAL,
+    PRIMARY KEY (transaction_uid, calling_ae)
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS commitment_request_state ON commitment_request (state, next_at);
+
+CREATE TABLE IF NOT EXISTS source_series (  -- what a source (PACS) says it has, by C-FIND
+    source           TEXT NOT NULL,         -- peer's name
+    series_uid       TEXT NOT NULL,
+    study_uid        TEXT NOT NULL,
+    study_date       TEXT NOT NULL DEFAULT '',
+    modality         TEXT NOT NULL DEFAULT '',
+    accession_number TEXT NOT NULL DEFAULT '',
+    instances        INTEGER,               -- NumberOfSeriesRelatedInstances; NULL: the source does not say
+    wanted           INTEGER NOT NULL,      -- whether a route would want it
+    reason           TEXT NOT NULL DEFAULT '',
+    state            TEXT NOT NULL,         -- seen, retrieving, arrived, failed
+    attempts         INTEGER NOT NULL DEFAULT 0,
+    next_at          REAL,
+    first_seen_at    REAL NOT NULL,
+    last_seen_at     REAL NOT NULL,
+    PRIMARY KEY (source, series_uid)
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS source_series_state ON source_series (state, next_at);
+
+CREATE TABLE IF NOT EXISTS worker (         -- who works now; a row goes when its process ends in good order
+    name         TEXT PRIMARY KEY,
+    device       TEXT NOT NULL,
+    pid          INTEGER NOT NULL,
+    started_at   REAL NOT NULL,
+    heartbeat_at REAL NOT NULL,
+    job_id       INTEGER
+) WITHOUT ROWID;
+
+CREATE TABLE IF NOT EXISTS alert (
+    key         TEXT PRIMARY KEY,           -- one thing that is wrong, e.g. "job:12:attempts"
+    level       TEXT NOT NULL,              -- warning, problem
+    text        TEXT NOT NULL,
+    first_at    REAL NOT NULL,
+    last_at     REAL NOT NULL,
+    sent_at     REAL,
+    resolved_at REAL
+) WITHOUT ROWID;
+
+CREATE TABLE IF NOT EXISTS memo (           -- small facts that outlive a process: when a nightly task last ran
+    key   TEXT PRIMARY KEY,
+    value TEXT NOT NULL
+) WITHOUT ROWID;
 
 -- name: add_instance
 INSERT INTO instance VALUES (

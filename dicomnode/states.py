@@ -22,7 +22,8 @@ JOB_TRANSITIONS: dict[str, frozenset[str]] = {
     "failed": frozenset({"running", "queued", "held", "cancelled", "superseded"}),
     "built": frozenset({"sending", "queued", "held", "cancelled", "superseded"}),
     "sending": frozenset({"delivered", "held", "cancelled", "superseded"}),
-    "delivered": frozenset({"committed", "superseded"}),
+    # A peer that does not commit to what it took gets it again (sending), or a person is asked (held).
+    "delivered": frozenset({"committed", "sending", "held", "superseded"}),
     "committed": frozenset({"superseded"}),
     "held": frozenset({"queued", "built", "cancelled", "superseded"}),
     "cancelled": frozenset({"queued", "built", "superseded"}),

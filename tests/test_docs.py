@@ -1,4 +1,4 @@
-"""What the documents say is so: keys, commands, exit codes, links, units."""
+"""What the documents say is so: commands, exit codes, links, units."""
 
 from __future__ import annotations
 
@@ -6,52 +6,20 @@ import re
 import shutil
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
-from typing import Any
 
 import pytest
-from pydantic import BaseModel
 from typer.main import get_command
 
 from dicomnode import __version__
 from dicomnode.cli import app
-from dicomnode.config import Config, Peer, Route, parse
+from dicomnode.config import parse
 from dicomnode.errors import Exit
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-EXAMPLE = (ROOT / "conf" / "dicomnode.toml").read_text(encoding="utf-8")
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])
-SECTIONS = [name for name in Config.model_fields if name not in ("peer", "route")]
 COMMANDS = get_command(app).commands  # type: ignore[attr-defined]
-
-
-def documented(section: str) -> dict[str, Any]:
-    """The keys of a section in the example, those behind a # included."""
-    lines = EXAMPLE.splitlines()
-    start = next(i for i, line in enumerate(lines) if line.lstrip("# ").strip().strip("[]") == section)
-    block = []
-    for line in lines[start + 1:]:
-        if line.lstrip("# ").startswith("["):
-            break
-        block.append(re.sub(r"^# (?=\w+ = )", "", line))
-    return tomllib.loads("\n".join(line for line in block if re.match(r"\w+ = ", line)))
-
-
-@pytest.mark.parametrize("section", SECTIONS)
-def test_the_example_shows_every_key_with_its_default(section):
-    """conf/dicomnode.toml is complete and true: what it shows is what happens without it."""
-    model = Config.model_fields[section].annotation
-    assert issubclass(model, BaseModel)
-    defaults = model().model_dump(mode="json")
-    assert documented(section) == defaults
-
-
-@pytest.mark.parametrize(("section", "model"), [("peer", Peer), ("route", Route)])
-def test_the_example_shows_every_key_of_peers_and_routes(section, model):
-    """Those have no defaults of their own; every key is there with a comment."""
-    assert set(documented(section)) == set(model.model_fields)
 
 
 def test_the_readme_names_every_command_and_none_besides():

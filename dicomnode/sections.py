@@ -1,0 +1,240 @@
+"""The sections of the configuration file, one frozen model each; every key, its default and what it may be."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+
+__all__ = [
+    "Alerts", "Completeness", "Delivery", "Derived", "Node", "Peer", "Reception", "Retention", "Route", "Schedule",
+    "Section", "Services", "Tls", "Work",
+]
+
+# PS3.5 Table 6.2-1: AE is at most 16 characters of the default repertoire, no backslash or control characters.
+AETitle = Annotated[
+    str, StringConstraints(strip_whitespace=True, min_length=1, max_length=16, pattern=r"^[ -\[\]-~]+$")]
+Name = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[\w. -]+$")]
+Port = Annotated[int, Field(ge=1, le=65535)]
+Seconds = Annotated[float, Field(ge=0)]
+Days = Annotated[float, Field(ge=0)]
+TimeOfDay = Annotated[str, StringConstraints(pattern=r"^([01]\d|2[0-3]):[0-5]\d$")]
+#: "20:00-06:00", "mon-fri 20:00-06:00", "sat,sun 00:00-24:00": dicomnode/windows.py
+WindowText = Annotated[str, StringConstraints(strip_whitespace=True, pattern=(
+    r"^(?:(?:mon|tue|wed|thu|fri|sat|sun)(?:[-,](?:mon|tue|wed|thu|fri|sat|sun))* )?"
+    r"(?:[01]\d|2[0-3]):[0-5]\d-(?:(?:[01]\d|2[0-3]):[0-5]\d|24:00)$"))]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Node(Section):
+    """Who we are and where we keep things."""
+
+    ae_title: AETitle = "NBDNODE"
+    host: str = "127.0.0.1"
+    port: Port = 11112
+    data_dir: Path = Path("/var/lib/dicomnode")
+    uid_root: str = "2.25"
+    institution: str = ""
+    station_name: str = ""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_json: bool = False
+
+    @field_validator("uid_root")
+    @classmethod
+    def _root(cls, value: str) -> str:
+        if not re.fullmatch(r"[0-2](\.(0|[1-9]\d*))+", value) or len(value) > 24:
+            raise ValueError("must be a UID root of digits and dots, at most 24 characters, e.g. 1.2.826.0.1.3680043")
+        return value
+
+
+class Reception(Section):
+    """The Storage SCP: who may associate, how much at once, how large."""
+
+    max_associations: Annotated[int, Field(ge=1, le=1000)] = 60
+    max_pdu: Annotated[int, Field(ge=4096, le=1048576)] = 131072
+    acse_timeout_s: Annotated[float, Field(gt=0)] = 30
+    dimse_timeout_s: Annotated[float, Field(gt=0)] = 60
+    network_timeout_s: Annotated[float, Field(gt=0)] = 120
+    max_object_mb: Annotated[int, Field(ge=1)] = 2048
+    low_disk_mb: Annotated[int, Field(ge=0)] = 2048
+    require_called_ae_title: bool = True
+    max_association_s: Annotated[float, Field(gt=0)] = 14400
+    max_decompressed_mb: Annotated[int, Field(ge=1)] = 8192
+
+
+class Services(Section):
+    """What the node answers besides C-STORE and C-ECHO: storage commitment, query and retrieve on its own spool."""
+
+    storage_commitment: bool = True
+    query_retrieve: bool = True
+    max_matches: Annotated[int, Field(ge=1)] = 1000
+
+
+class Tls(Section):
+    """DICOM TLS (PS3.15 B.12, BCP 195): a port of its own for peers that come encrypted, a certificate for both ways.
+
+    Keys and certificates are PEM files; a password is read from a file, never from the configuration.
+    """
+
+    port: Port | None = None
+    certificate: Path | None = None
+    key: Path | None = None
+    key_password_file: Path | None = None
+    ca: Path | None = None
+    require_client_certificate: bool = True
+    plain: bool = True
+
+    @model_validator(mode="after")
+    def _whole(self) -> Tls:
+        if self.port is not None and (self.certificate is None or self.key is None):
+            raise ValueError("port needs certificate and key")
+        if self.port is not None and self.require_client_certificate and self.ca is None:
+            raise ValueError("require_client_certificate needs ca, the authorities whose certificates are accepted")
+        if not self.plain and self.port is None:
+            raise ValueError("plain = false leaves no port to listen on: set port")
+        return self
+
+
+class Completeness(Section):
+    """When a series counts as whole, and how long it is waited for."""
+
+    quiet_s: Seconds = 30
+    give_up_h: Annotated[float, Field(gt=0)] = 24
+    ct_wait_s: Seconds = 600
+    late_input: Literal["hold", "supersede", "ignore"] = "hold"
+
+
+class Schedule(Section):
+    """When jobs may start, and what is done by the clock. All times of day are in `timezone`."""
+
+    timezone: str = "UTC"
+    windows: tuple[WindowText, ...] = ()
+    retrieve_at: TimeOfDay | None = None
+    retrieve_days: Annotated[int, Field(ge=1, le=31)] = 1
+    report_at: TimeOfDay | None = None
+
+    @field_validator("timezone")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        try:
+            ZoneInfo(value)
+        except (ZoneInfoNotFoundError, ValueError, OSError) as error:
+            raise ValueError(f"no time zone {value!r}; a name of the IANA list, e.g. \"Europe/Berlin\"") from error
+        return value
+
+
+class Retention(Section):
+    """How long objects are kept. Nothing is removed before its results are confirmed; 0 keeps for ever."""
+
+    inputs_days: Days = 0
+    derived_days: Days = 0
+    ignored_days: Days = 0
+    free_mb: Annotated[int, Field(ge=0)] = 0
+
+
+class Alerts(Section):
+    """Who is told when something needs a person. `urls_file` holds one apprise URL a line: secrets stay out of here."""
+
+    urls_file: Path | None = None
+    repeat_h: Annotated[float, Field(gt=0)] = 24
+    digest: bool = True
+    digest_at: TimeOfDay = "07:00"
+
+
+class Work(Section):
+    """How jobs run."""
+
+    device: Annotated[str, StringConstraints(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    threads: Annotated[int, Field(ge=0)] = 0
+    attempts: Annotated[int, Field(ge=1)] = 3
+    retry_s: Seconds = 60
+    lease_s: Annotated[float, Field(ge=5)] = 60
+    hang_s: Annotated[float, Field(ge=10)] = 1800
+    heartbeat_s: Annotated[float, Field(ge=1)] = 10
+    devices: tuple[Annotated[str, StringConstraints(pattern=r"^(cpu|cuda:\d+)$")], ...] = ()
+    executor: Literal["local", "dask"] = "local"
+    dask_scheduler: str = ""
+    dask_jobs: Annotated[int, Field(ge=1)] = 1
+
+
+class Delivery(Section):
+    """How derived series are sent."""
+
+    retry_s: Annotated[float, Field(gt=0)] = 30
+    retry_max_s: Annotated[float, Field(gt=0)] = 3600
+    give_up_h: Annotated[float, Field(gt=0)] = 72
+    connect_timeout_s: Annotated[float, Field(gt=0)] = 10
+    dimse_timeout_s: Annotated[float, Field(gt=0)] = 60
+    commitment_timeout_s: Annotated[float, Field(gt=0)] = 3600
+    commitment_attempts: Annotated[int, Field(ge=1)] = 3
+
+
+class Derived(Section):
+    """What the derived series carries."""
+
+    series_description: str = "NBD deblurred"
+    series_number_offset: Annotated[int, Field(ge=1)] = 1000
+    research_use: bool = True
+
+
+class Peer(Section):
+    """Who may send to us (AE title and address) and to whom we send (host and port)."""
+
+    name: Name
+    ae_title: AETitle
+    host: str
+    port: Port | None = None
+    addresses: tuple[str, ...] = ()
+    may_send: bool = True
+    may_query: bool = False
+    query: bool = False
+    retrieve: Literal["c-move", "c-get"] = "c-move"
+    confirm: Literal["store", "find", "commitment"] = "store"
+    tls: bool = False
+    tls_ca: Path | None = None
+    certificate_sha256: tuple[Annotated[str, StringConstraints(pattern=r"^[0-9a-fA-F]{64}$")], ...] = ()
+    stow_url: str | None = None
+    stow_token_file: Path | None = None
+
+    @field_validator("addresses")
+    @classmethod
+    def _networks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for text in value:
+            ipaddress.ip_network(text, strict=False)
+        return value
+
+
+class Route(Section):
+    """Which series is processed how, and where the result goes. First match wins."""
+
+    name: Name
+    when: dict[str, str | list[str]]
+    method: str = "nbd"
+    preset: str = "best"
+    settings: dict[str, Any] = {}
+    psf: Literal["blind", "library", "measured"] = "library"
+    send_to: tuple[str, ...]
+    guide: Literal["prefer", "require", "never"] = "prefer"
+    ct_wait_s: Seconds | None = None
+    series_description: str | None = None
+    priority: int = 0
+    windows: tuple[WindowText, ...] | None = None
+    urgent: bool = False
+    late_input: Literal["hold", "supersede", "ignore"] | None = None
+    source: str | None = None
+
+    @field_validator("send_to")
+    @classmethod
+    def _somewhere(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value:
+            raise ValueError("must name at least one peer")
+        if len(set(value)) != len(value):
+            raise ValueError("names a peer twice")
+        return value
