@@ -11,6 +11,7 @@ import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pydicom import dcmread
 from pydicom.dataset import Dataset
@@ -23,12 +24,14 @@ from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]
 from dicomnode.config import Peer
 from dicomnode.errors import PeerUnreachable
 
-__all__ = ["Answer", "echo", "is_success", "is_warning", "send", "set_nodelay"]
+__all__ = ["Answer", "echo", "is_success", "is_warning", "leave", "named", "open_association", "send", "set_nodelay"]
 
 # PS3.7 C.5.6 and C.4.2: what we write into the record where the peer left us no way to ask.
 SOP_CLASS_NOT_SUPPORTED = 0x0122
 CANNOT_ENCODE = 0xC000
 MAX_CONTEXTS = 128  # PS3.8 9.3.2.2: odd identifiers 1 to 255
+MAX_PDU = 16382  # bytes; what comes back is short, unless objects are fetched
+Handler = tuple[Any, Callable[..., Any]] | tuple[Any, Callable[..., Any], list[Any]]
 PLAIN = (ExplicitVRLittleEndian, ImplicitVRLittleEndian)
 
 
@@ -73,17 +76,18 @@ def set_nodelay(event: evt.Event) -> None:
 
 def echo(peer: Peer, *, calling_ae: str, connect_timeout_s: float, dimse_timeout_s: float) -> None:
     """C-ECHO. Raises PeerUnreachable with the reason and the remedy."""
-    association = _associate(peer, [build_context(Verification)], calling_ae, connect_timeout_s, dimse_timeout_s)
+    association = open_association(peer, [build_context(Verification)], calling_ae=calling_ae,
+                                   connect_timeout_s=connect_timeout_s, dimse_timeout_s=dimse_timeout_s)
     try:
         if not association.accepted_contexts:
-            raise PeerUnreachable(f"{_named(peer)} does not accept C-ECHO. Remedy: enable Verification SCP there.")
+            raise PeerUnreachable(f"{named(peer)} does not accept C-ECHO. Remedy: enable Verification SCP there.")
         status = association.send_c_echo()
         if "Status" not in status:
-            raise PeerUnreachable(f"{_named(peer)} did not answer C-ECHO within {dimse_timeout_s:g} s")
+            raise PeerUnreachable(f"{named(peer)} did not answer C-ECHO within {dimse_timeout_s:g} s")
         if status.Status != 0x0000:
-            raise PeerUnreachable(f"{_named(peer)} answered C-ECHO with status 0x{status.Status:04X}")
+            raise PeerUnreachable(f"{named(peer)} answered C-ECHO with status 0x{status.Status:04X}")
     finally:
-        _leave(association)
+        leave(association)
 
 
 def send(peer: Peer, files: Sequence[Path], *, calling_ae: str, connect_timeout_s: float, dimse_timeout_s: float,
@@ -100,7 +104,8 @@ def send(peer: Peer, files: Sequence[Path], *, calling_ae: str, connect_timeout_
     items = [_item(path) for path in files]
     if not items:
         return []
-    association = _associate(peer, _contexts(items), calling_ae, connect_timeout_s, dimse_timeout_s)
+    association = open_association(peer, _contexts(items), calling_ae=calling_ae, connect_timeout_s=connect_timeout_s,
+                                   dimse_timeout_s=dimse_timeout_s)
     on_open(association)
     answers: dict[Path, Answer] = {}
     try:
@@ -116,11 +121,12 @@ def send(peer: Peer, files: Sequence[Path], *, calling_ae: str, connect_timeout_
             answers[item.path] = _store(association, item, peer)
             on_answer(answers[item.path])
     finally:
-        _leave(association)
+        leave(association)
     return list(answers.values())
 
 
-def _named(peer: Peer) -> str:
+def named(peer: Peer) -> str:
+    """The peer as messages name it."""
     return f"peer {peer.name} ({peer.ae_title} at {peer.host}:{peer.port})"
 
 
@@ -141,8 +147,18 @@ def _contexts(items: Sequence[_Item]) -> list[PresentationContext]:
     return contexts
 
 
-def _associate(peer: Peer, contexts: list[PresentationContext], calling_ae: str, connect_timeout_s: float,
-               dimse_timeout_s: float) -> Association:
+def open_association(
+    peer: Peer, contexts: list[PresentationContext], *, calling_ae: str, connect_timeout_s: float,
+    dimse_timeout_s: float, evt_handlers: Sequence[Handler] = (), ext_neg: Sequence[Any] = (), max_pdu: int = MAX_PDU,
+) -> Association:
+    """An established association with `peer`; the one door through which the node associates as a requestor.
+
+    evt_handlers  (event, callable) or (event, callable, arguments), as pynetdicom takes them.
+    ext_neg       extended negotiation items: roles, user identity (PS3.7 Annex D.3.3).
+    max_pdu       bytes of the largest PDU that we take.
+
+    Raises PeerUnreachable with the reason and the remedy; give the association back to `leave`.
+    """
     if peer.port is None:
         raise PeerUnreachable(f"peer {peer.name} has no port. Remedy: set peer.port in the configuration.")
     ae = AE(ae_title=calling_ae)
@@ -150,22 +166,24 @@ def _associate(peer: Peer, contexts: list[PresentationContext], calling_ae: str,
     ae.acse_timeout = max(connect_timeout_s, 1)
     ae.dimse_timeout = dimse_timeout_s
     ae.network_timeout = dimse_timeout_s
-    association = ae.associate(peer.host, peer.port, contexts=contexts, ae_title=peer.ae_title,
-                               evt_handlers=[(evt.EVT_CONN_OPEN, set_nodelay)])
+    association = ae.associate(
+        peer.host, peer.port, contexts=contexts, ae_title=peer.ae_title, max_pdu=max_pdu, ext_neg=list(ext_neg) or None,
+        evt_handlers=[(evt.EVT_CONN_OPEN, set_nodelay), *evt_handlers])
     if association.is_established:
         return association
     if association.is_rejected and association.acceptor.primitive is not None:
         answer = association.acceptor.primitive
-        raise PeerUnreachable(f"{_named(peer)} rejects the association: {answer.reason_str} ({answer.result_str}). "
+        raise PeerUnreachable(f"{named(peer)} rejects the association: {answer.reason_str} ({answer.result_str}). "
                               f"Remedy: make our AE title {calling_ae} and address known there.")
     if association.acceptor.primitive is not None:
         shown = ", ".join(sorted({UID(str(context.abstract_syntax)).name for context in contexts}))
-        raise PeerUnreachable(f"{_named(peer)} accepts no presentation context for {shown}. "
-                              "Remedy: let it accept the storage SOP class.")
-    raise PeerUnreachable(f"{_named(peer)} does not answer. Remedy: check host, port and firewall; is it running?")
+        raise PeerUnreachable(f"{named(peer)} accepts no presentation context for {shown}. "
+                              "Remedy: let it accept this SOP class of us.")
+    raise PeerUnreachable(f"{named(peer)} does not answer. Remedy: check host, port and firewall; is it running?")
 
 
-def _leave(association: Association) -> None:
+def leave(association: Association) -> None:
+    """Release what is still established."""
     if association.is_established:
         association.release()
 
@@ -183,11 +201,11 @@ def _store(association: Association, item: _Item, peer: Peer) -> Answer:
     try:
         response = association.send_c_store(dataset)
     except (RuntimeError, OSError) as error:
-        raise PeerUnreachable(f"{_named(peer)} closed the association: {error}") from error
+        raise PeerUnreachable(f"{named(peer)} closed the association: {error}") from error
     except (ValueError, AttributeError) as error:
         return Answer(item.sop_instance_uid, CANNOT_ENCODE, str(error)[:200])
     if "Status" not in response:
-        raise PeerUnreachable(f"{_named(peer)} dropped the association, or was silent for too long, in the middle")
+        raise PeerUnreachable(f"{named(peer)} dropped the association, or was silent for too long, in the middle")
     return Answer(item.sop_instance_uid, int(response.Status), str(response.get("ErrorComment", "")))
 
 
