@@ -11,7 +11,7 @@ import json
 import re
 import sqlite3
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.resources import files
@@ -142,9 +142,8 @@ class Ledger:
         with self._lock:
             return self._db.execute(sql, parameters).fetchall()
 
-    def _one(self, sql: str, parameters: Sequence[Any]) -> dict[str, Any] | None:
-        rows = self.query(sql, parameters)
-        return dict(rows[0]) if rows else None
+    def _one(self, sql: str, parameters: Mapping[str, Any] | Sequence[Any]) -> dict[str, Any] | None:
+        return next((dict(row) for row in self.query(sql, parameters)), None)
 
     def event(self, kind: str, *, now: float, study_uid: str = "", series_uid: str = "", job_id: int | None = None,
               from_state: str = "", to_state: str = "", code: str = "", reason: str = "", actor: str = "node") -> None:
@@ -283,21 +282,31 @@ class Ledger:
         row = self._one("SELECT * FROM job WHERE derived_series_uid = ?", (derived_series_uid,))
         return None if row is None else _decoded(row)
 
-    def claim(self, owner: str, *, now: float, lease_s: float) -> dict[str, Any] | None:
-        """Take the next job: queued, failed and due again, or running under a lease that ran out. None: no job."""
-        if not self.query(SQL["claimable"], {"now": now}):
-            return None  # a worker that asks in vain must not take the write lock from the receiver
-        with self.transaction():
-            rows = self.query(SQL["claimable"], {"now": now})
-            if not rows:
-                return None
-            job = dict(rows[0])
-            reason = "" if job["state"] != "running" else f"the lease of {job['lease_owner']} ran out"
-            if job["state"] == "running":
-                self.set_job(job["id"], "failed", now=now, code="lease", reason=reason)
-            self.set_job(job["id"], "running", now=now, reason=reason, lease_owner=owner, lease_until=now + lease_s,
-                         attempts=job["attempts"] + 1, started_at=now, progress=None)
-            return self.job(job["id"])
+    def claim(self, owner: str, *, now: float, lease_s: float,
+              may_start: Callable[[str], bool] | None = None) -> dict[str, Any] | None:
+        """Take the next job: queued, failed and due again, or running under a lease that ran out. None: no job.
+
+        `may_start` says whether jobs of the route with that name may start now; urgent ones start anyway.
+        """
+        while row := self._claimable(now, may_start):  # a worker that asks in vain must not take the write lock
+            with self.transaction():
+                if self._claimable(now, may_start) != row:
+                    continue  # another worker was faster, or something better came
+                reason = ""
+                if row["state"] == "running":
+                    reason = f"the lease of {row['lease_owner']} ran out"
+                    self.set_job(row["id"], "failed", now=now, code="lease", reason=reason, run_after=now)
+                    if not (row["urgent"] or may_start is None or may_start(row["route"])):
+                        continue  # it goes on when its window opens
+                self.set_job(row["id"], "running", now=now, reason=reason, lease_owner=owner, lease_until=now + lease_s,
+                             attempts=row["attempts"] + 1, started_at=now, progress=None)
+                return self.job(row["id"])
+        return None
+
+    def _claimable(self, now: float, may_start: Callable[[str], bool] | None) -> dict[str, Any] | None:
+        closed = [] if may_start is None else [
+            row["route"] for row in self.query(SQL["waiting_routes"], {"now": now}) if not may_start(row["route"])]
+        return self._one(SQL["claimable"], {"now": now, "closed": json.dumps(closed)})
 
     def running_jobs(self) -> list[dict[str, Any]]:
         """Jobs in state running, whoever has their lease."""
@@ -479,8 +488,7 @@ class Ledger:
         """Rows by state: {"series": {...}, "job": {...}, "delivery": {...}, "instance": {"all": n}}."""
         found = {table: {row["state"]: row["n"] for row in self.query(
             f"SELECT state, count(*) AS n FROM {table} GROUP BY state")} for table in ("series", "job", "delivery")}
-        found["instance"] = {"all": self.query("SELECT count(*) AS n FROM instance")[0]["n"]}
-        return found
+        return found | {"instance": {"all": self.query("SELECT count(*) AS n FROM instance")[0]["n"]}}
 
 
 _JSON = frozenset({"settings", "send_to", "inputs", "progress", "report",

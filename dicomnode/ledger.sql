@@ -258,11 +258,16 @@ VALUES (:identity, :series_uid, :study_uid, :guide_series_uid, :route, :method, 
         'queued', :priority, :now, :now)
 ON CONFLICT (identity) DO NOTHING;
 
+-- name: waiting_routes
+SELECT DISTINCT route FROM job WHERE state IN ('queued', 'failed') AND run_after <= :now AND NOT urgent;
+
 -- name: claimable
+-- :closed is a JSON list of routes whose jobs may not start now.
 SELECT * FROM job
- WHERE (state IN ('queued', 'failed') AND run_after <= :now)
+ WHERE (state IN ('queued', 'failed') AND run_after <= :now
+        AND (urgent OR route NOT IN (SELECT value FROM json_each(:closed))))
     OR (state = 'running' AND lease_until < :now)
- ORDER BY priority DESC, id LIMIT 1;
+ ORDER BY urgent DESC, priority DESC, id LIMIT 1;
 
 -- name: due_deliveries
 SELECT delivery.* FROM delivery JOIN job ON job.id = delivery.job_id

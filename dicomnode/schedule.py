@@ -6,7 +6,7 @@ import logging
 import shutil
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 
 from apscheduler.executors.pool import ThreadPoolExecutor
@@ -17,7 +17,7 @@ from dicomnode.ledger import Ledger
 from dicomnode.logs import get_logger
 from dicomnode.spool import Spool
 
-__all__ = ["build", "sweep_work"]
+__all__ = ["DELIVER_S", "MATCH_S", "TIDY_S", "build", "sweep_work"]
 
 MATCH_S = 1.0
 DELIVER_S = 1.0
@@ -27,21 +27,20 @@ REPEAT_S = 60.0
 log = get_logger(__name__)
 
 
-def build(*, match: Callable[[], object], deliver: Callable[[], object], tidy: Callable[[], object],
-          once: Callable[[], object], match_s: float = MATCH_S, deliver_s: float = DELIVER_S,
-          tidy_s: float = TIDY_S) -> BackgroundScheduler:
-    """A scheduler, not started yet; `once` runs at its start.
+def build(ticks: Mapping[str, tuple[Callable[[], object], float]], *,
+          once: Callable[[], object]) -> BackgroundScheduler:
+    """A scheduler, not started yet. `ticks`: name -> (what is called, every so many seconds); `once` runs at its start.
 
-    A tick that is late runs once, not once for every tick missed (clock jumps).
+    Each has a thread when it needs one: a tick that lasts long (a retrieval) holds up no other, and never overlaps
+    with itself. One that is late runs once, not once for every tick missed (clock jumps).
     """
     # A match that loads a method for the first time outlasts a few ticks; that is no news.
     logging.getLogger("apscheduler").setLevel(logging.ERROR)
     scheduler = BackgroundScheduler(
-        timezone=UTC, executors={"default": ThreadPoolExecutor(4)},
+        timezone=UTC, executors={"default": ThreadPoolExecutor(len(ticks) + 1)},
         job_defaults={"coalesce": True, "max_instances": 1, "misfire_grace_time": None},
     )
-    for name, call, seconds in (("matcher", match, match_s), ("deliveries", deliver, deliver_s),
-                                ("housekeeping", tidy, tidy_s)):
+    for name, (call, seconds) in ticks.items():
         scheduler.add_job(_Steady(name, call), "interval", seconds=seconds, id=name, next_run_time=datetime.now(UTC))
     scheduler.add_job(once, id="prepare")
     return scheduler

@@ -41,8 +41,11 @@ def run(config: Config, *, stop: threading.Event, ready: Callable[[], None]) -> 
         deliverer = Deliverer(config, ledger, spool)
         matcher = Matcher(config, ledger, spool)
         runner = _Runner(executor, stop)
-        scheduler = schedule.build(match=matcher.tick, deliver=deliverer.tick, once=matcher.prepare,
-                                   tidy=lambda: _tidy(config, ledger, spool, now=time.time()))
+        scheduler = schedule.build({
+            "matcher": (matcher.tick, schedule.MATCH_S),
+            "deliveries": (deliverer.tick, schedule.DELIVER_S),
+            "housekeeping": (lambda: _tidy(config, ledger, spool, now=time.time()), schedule.TIDY_S),
+        }, once=matcher.prepare)
         runner.start()
         scheduler.start()
         log.info("worker runs", action="worker_ready", data_dir=str(spool.data_dir))

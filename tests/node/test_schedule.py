@@ -19,7 +19,7 @@ def test_a_tick_that_fails_is_tried_again_and_said_once_a_minute():
         raise sqlite3.OperationalError("database or disk is full")
 
     nothing = lambda: None  # noqa: E731
-    scheduler = build(match=match, deliver=nothing, tidy=nothing, once=nothing, match_s=0.05)
+    scheduler = build({"matcher": (match, 0.05), "deliveries": (nothing, 1.0)}, once=nothing)
     with capture_logs() as logs:
         scheduler.start()
         try:
