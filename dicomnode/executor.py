@@ -1,30 +1,28 @@
-"""Where pipelines run: one child process per job, so that a crash, a hang or a GPU fault cannot take the node down.
+"""Jobs: one at a time is claimed, worked off by a `Runner`, and moved to its next state; nothing it does ends the node.
 
-The executor claims a job, writes an order into work/JOB, starts `python -m dicomnode.pipeline` and listens. The child
-reports by JSON lines on its standard output; it dies with us (PR_SET_PDEATHSIG, end of its standard input). We renew
-the job's lease while it lives, and kill it when the job is taken from us, or when it says nothing new for `hang_s`.
+The executor claims a job, makes its order and the folder work/JOB, has a runner start it (runner.py: a child process,
+unless something else is given) and listens. It renews the job's lease while that lives, and ends it when the job is
+taken away, or when it says nothing new for `hang_s`.
 
-What the child says, or how it ends, becomes the job's next state:
+What is said, or how it ends, becomes the job's next state:
 
     built      moved to derived/JOB and entered with its deliveries
     refused    held for a person, with reason and remedy: trying again would refuse again
     failed, died, hung     another attempt after a wait that doubles; held once `attempts` are used up
+    lost       what ran it went away: queued again after a wait, not counted as an attempt
     we are told to stop    queued again, not counted as an attempt
 
-The child may keep the state of a long method in checkpoints/JOB. It outlives the child, us and the machine's power, so
-that the next attempt goes on where this one was; it goes when the job is built or refused (else `schedule.sweep_work`).
+The pipeline may keep the state of a long method in checkpoints/JOB. It outlives child, worker and the machine's power,
+so that the next attempt goes on where this one was; it goes when the job is built or refused (else
+`schedule.sweep_work`).
 """
 
 from __future__ import annotations
 
 import json
 import os
-import selectors
 import shutil
-import signal
 import sqlite3
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -36,33 +34,35 @@ from dicomnode.config import Config, Route
 from dicomnode.errors import NotFound, TransitionRefused
 from dicomnode.ledger import Ledger
 from dicomnode.logs import get_logger
-from dicomnode.process import PARENT_VARIABLE, end
 from dicomnode.psflibrary import keep_found
+from dicomnode.runner import LAST_WORDS, ChildRunner, Runner, Running
 from dicomnode.spool import Spool, fsync_dir
 
 __all__ = ["Executor", "REPORT_FILE"]
 
 REPORT_FILE = "report.json"
 LOST_LIMIT = 100  # a job that was running each time the whole node died so often is not tried again unseen
-LAST_WORDS = ("built", "refused", "failed")  # after these the child leaves by itself
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
 LONGEST_WAIT_S = 3600.0  # between two attempts
 LEDGER_WAIT_S = 10.0
 POLL_S = 0.25
-GRACE_S = 3.0
-PIPELINE = (sys.executable, "-m", "dicomnode.pipeline")
+GRACE_S = 3.0  # to leave by itself after its last word
 
 log = get_logger(__name__)
 
 
 class Executor:
-    """Runs one job at a time. `command` starts the child; it gets the path of its order as last argument."""
+    """Runs one job at a time.
 
-    def __init__(self, config: Config, ledger: Ledger, spool: Spool, *, clock: Callable[[], float] = time.time,
-                 command: Sequence[str] = PIPELINE) -> None:
+    device  what it is called in the ledger and in its name; None: work.device.
+    runner  works the orders off; None: a child process on that device.
+    """
+
+    def __init__(self, config: Config, ledger: Ledger, spool: Spool, *, device: str | None = None,
+                 runner: Runner | None = None, clock: Callable[[], float] = time.time) -> None:
         self._config, self._ledger, self._spool, self._clock = config, ledger, spool, clock
-        self._command = tuple(command)
-        self._owner = f"{os.uname().nodename}:{os.getpid()}"
+        self.device = device or config.work.device
+        self.name = f"{os.uname().nodename}:{os.getpid()}:{self.device}"
+        self._runner = runner or ChildRunner(self.device, config.work.threads)
 
     def recover(self) -> int:
         """At start, when no other worker can be alive: what is still `running` was lost with the last one; how many.
@@ -84,7 +84,7 @@ class Executor:
         """Claim and run jobs until `stop` is set."""
         while not stop.is_set():
             try:
-                job = self._ledger.claim(self._owner, now=self._clock(), lease_s=self._config.work.lease_s)
+                job = self._ledger.claim(self.name, now=self._clock(), lease_s=self._config.work.lease_s)
             except sqlite3.OperationalError as error:  # disk full, or locked for long: no reason to end the worker
                 log.error("no job can be claimed, the ledger cannot be written", action="claim_failed",
                           error=str(error), again_s=LEDGER_WAIT_S)
@@ -105,8 +105,10 @@ class Executor:
             return
         folder = self._spool.data_dir / "work" / str(job["id"])
         try:
-            order = self._order(job, folder)
-            outcome = self._child(job, order, stop)
+            order = self._order(job)
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(mode=0o700)
+            outcome = self._run(job, order, folder, stop)
             self._conclude(job, folder, outcome)
         except (TransitionRefused, NotFound) as error:
             log.info("job was taken away", action="job_taken", job=job["id"], reason=str(error))
@@ -117,22 +119,18 @@ class Executor:
 
     # --- the order
 
-    def _order(self, job: dict[str, Any], folder: Path) -> Path:
-        """work/JOB/order.json: all that the child needs to know; it opens neither the ledger nor the configuration."""
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(mode=0o700)
+    def _order(self, job: dict[str, Any]) -> dict[str, Any]:
+        """All that the pipeline needs to know, but its device; it opens neither the ledger nor the configuration."""
         guide = job["guide_series_uid"]
         route = self._config.named_route(job["route"])
         derived, node = self._config.derived, self._config.node
-        order = {
+        return {
             "pet_files": self._files(job["series_uid"], job["inputs"]),
             "guide_files": self._files(guide, job["inputs"]) if guide else [],
             "guide_required": route is not None and route.guide == "require",
             "method": job["method"],
             "preset": job["preset"],
             "settings": job["settings"],
-            "device": self._config.work.device,
-            "threads": self._config.work.threads,
             "checkpoints": str(self._checkpoints(job)),
             # The time of the job, not of the attempt: a repeat writes the same bytes under the same UIDs.
             "now": job["created_at"],
@@ -147,9 +145,6 @@ class Executor:
                 "station": node.station_name,
             },
         }
-        path = folder / "order.json"
-        path.write_text(json.dumps(order), encoding="utf-8")
-        return path
 
     def _checkpoints(self, job: dict[str, Any]) -> Path:
         return self._spool.data_dir / "checkpoints" / str(job["id"])
@@ -173,45 +168,38 @@ class Executor:
         return sorted({int(row["series_number"]) for row in self._ledger.series_of_study(job["study_uid"])
                        if row["series_number"].strip().isdecimal() and row["code"] != "own-output"})
 
-    # --- the child
+    # --- the run
 
-    def _child(self, job: dict[str, Any], order: Path, stop: threading.Event) -> dict[str, Any]:
-        """Start the child and listen until it has ended; its last word, or what its end amounts to."""
-        environment = {**os.environ, PARENT_VARIABLE: str(os.getpid())}
-        if self._config.work.threads:
-            environment |= dict.fromkeys(THREAD_VARIABLES, str(self._config.work.threads))
-        with (order.parent / "log.txt").open("wb") as messages, subprocess.Popen(
-            [*self._command, str(order)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=messages,
-            env=environment, start_new_session=True,
-        ) as child:
-            log.info("job started", action="job_started", job=job["id"], attempt=job["attempts"], process=child.pid)
-            try:
-                verdict = self._listen(job, child, stop)
-                if verdict is None or verdict["kind"] in LAST_WORDS:
-                    _let_leave(child)
-            finally:
-                code = end(child, grace_s=GRACE_S) if child.poll() is None else child.wait()
-        if verdict is None and code == -signal.SIGTERM and stop.wait(1.0):
-            verdict = {"kind": "stopped"}  # a service manager ends all processes at once, and the child was faster
-        text = (order.parent / "log.txt").read_text(encoding="utf-8", errors="replace").strip()
-        if text:
-            log.info("messages of the child", action="job_messages", job=job["id"], text=text[-4000:])
-        return verdict or {"kind": "failed", "reason": _death(code, text)}
+    def _run(self, job: dict[str, Any], order: Mapping[str, Any], folder: Path,
+             stop: threading.Event) -> dict[str, Any]:
+        """Have the order worked off; its last word, or what its end amounts to."""
+        log.info("job started", action="job_started", job=job["id"], attempt=job["attempts"], device=self.device)
+        running = self._runner.start(job, order, folder)
+        verdict: dict[str, Any] | None = {"kind": "error"}
+        try:
+            verdict = self._listen(job, running, stop)
+        finally:
+            leaves = verdict is None or verdict["kind"] in LAST_WORDS
+            ending = running.finish(grace_s=GRACE_S if leaves else 0.0)
+        if verdict is not None:
+            return verdict
+        if ending.stopped and stop.wait(1.0):
+            return {"kind": "stopped"}  # a service manager ends all processes at once, and the child was faster
+        return {"kind": "failed", "reason": ending.reason, "code": ending.code}
 
-    def _listen(self, job: dict[str, Any], child: subprocess.Popen, stop: threading.Event) -> dict[str, Any] | None:
-        """Read the child's lines, renew the lease, watch for a hang. None where it ended without a last word."""
+    def _listen(self, job: dict[str, Any], running: Running, stop: threading.Event) -> dict[str, Any] | None:
+        """Read the messages, renew the lease, watch for a hang. None where it ended without a last word."""
         work = self._config.work
         heard_at = renewed_at = time.monotonic()
         progress: dict[str, Any] | None = None
         stage = written = ""
-        lines = _Lines(child)
         while True:
-            for message in lines.read(POLL_S):
+            for message in running.read(POLL_S):
                 if message["kind"] != "progress":
                     return message
                 heard_at, stage = time.monotonic(), message["stage"]
                 progress = {key: message[key] for key in ("stage", "step", "steps", "loss")}
-            if lines.ended:
+            if running.ended:
                 return None
             if stop.is_set():
                 return {"kind": "stopped"}
@@ -220,7 +208,7 @@ class Executor:
                 return {"kind": "hung", "reason": f"hung: no progress for {work.hang_s:g} s"}
             if now - renewed_at > 1.0 or stage != written:
                 renewed_at, written = now, stage
-                if not self._ledger.renew(job["id"], self._owner, now=self._clock(), lease_s=work.lease_s,
+                if not self._ledger.renew(job["id"], self.name, now=self._clock(), lease_s=work.lease_s,
                                           progress=progress):
                     return {"kind": "taken"}
                 progress = None
@@ -238,6 +226,8 @@ class Executor:
                        report=outcome.get("report"))
         elif kind in ("failed", "hung"):
             self._failed(job, outcome["reason"])
+        elif kind == "lost":
+            self._again(job, outcome["reason"])
         elif kind == "stopped":
             self._ledger.set_job(job["id"], "queued", now=self._clock(), code="stopped", progress=None,
                                  reason="the worker was stopped", attempts=max(0, job["attempts"] - 1))
@@ -273,7 +263,7 @@ class Executor:
         """The derived series, its deliveries and what it says of the PSF, in one transaction."""
         now = self._clock()
         with self._ledger.transaction():
-            ours = self._ledger.built(job["id"], self._owner, now=now, report=report,
+            ours = self._ledger.built(job["id"], self.name, now=now, report=report,
                                       derived_series_uid=report["derived_series_uid"],
                                       derived_path=self._spool.relative(target),
                                       derived_instances=report["derived_instances"])
@@ -286,6 +276,12 @@ class Executor:
         self._ledger.set_job(job_id, "held", now=self._clock(), code=code, reason=reason, **columns)
         log.warning("job held", action="job_held", job=job_id, code=code, reason=reason)
 
+    def _again(self, job: dict[str, Any], reason: str) -> None:
+        """What ran the job is gone: queued again after retry_s, the attempt not counted."""
+        now = self._clock()
+        self._ledger.set_job(job["id"], "queued", now=now, code="runner-lost", reason=reason, progress=None,
+                             run_after=now + self._config.work.retry_s, attempts=max(0, job["attempts"] - 1))
+
     def _failed(self, job: dict[str, Any], reason: str) -> None:
         """Another attempt later, or held once all are used up."""
         attempts, work = job["attempts"], self._config.work
@@ -297,56 +293,6 @@ class Executor:
         self._ledger.set_job(job["id"], "failed", now=self._clock(), code="attempt", run_after=self._clock() + wait,
                              reason=f"{reason} (attempt {attempts} of {work.attempts}; again in {wait:g} s)")
         log.warning("attempt failed", action="job_failed", job=job["id"], attempt=attempts, reason=reason)
-
-
-class _Lines:
-    """JSON lines of the child's standard output, as they come."""
-
-    def __init__(self, child: subprocess.Popen) -> None:
-        assert child.stdout is not None
-        self._pipe = child.stdout.fileno()
-        self._rest = b""
-        self.ended = False
-
-    def read(self, wait_s: float) -> list[dict[str, Any]]:
-        """The messages that are there after at most `wait_s`; `ended` is set once the child closed its end."""
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._pipe, selectors.EVENT_READ)
-            if not selector.select(wait_s):
-                return []
-        chunk = os.read(self._pipe, 65536)
-        self.ended = not chunk
-        *whole, self._rest = (self._rest + chunk).split(b"\n")
-        return [message for line in whole if (message := _message(line)) is not None]
-
-
-def _message(line: bytes) -> dict[str, Any] | None:
-    """A message of the child; None for what a library printed while it was being loaded."""
-    try:
-        message = json.loads(line)
-    except ValueError:
-        message = None
-    if isinstance(message, dict) and "kind" in message:
-        return message
-    log.info("the child printed", action="job_printed", text=line.decode(errors="replace")[:500])
-    return None
-
-
-def _death(code: int, text: str) -> str:
-    """How the child ended, in words, with its last line."""
-    last = text.splitlines()[-1][:300] if text else "it said nothing"
-    if code < 0:
-        name = signal.Signals(-code).name if -code in {*signal.Signals} else str(-code)
-        hint = ", perhaps for lack of memory" if -code == signal.SIGKILL else ""
-        return f"the pipeline was killed by {name}{hint}: {last}"
-    return f"the pipeline ended with status {code}: {last}"
-
-
-def _let_leave(child: subprocess.Popen) -> None:
-    try:
-        child.wait(GRACE_S)
-    except subprocess.TimeoutExpired:
-        log.warning("the pipeline does not end by itself", action="job_lingers", process=child.pid)
 
 
 def _fsync_file(path: Path) -> None:

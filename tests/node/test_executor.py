@@ -20,6 +20,7 @@ import pytest
 
 from dicomnode.executor import LOST_LIMIT, Executor
 from dicomnode.ledger import NewJob
+from dicomnode.runner import ChildRunner
 from dicomnode.schedule import sweep_work
 from dicomnode.work import run as work
 from tests.factories import pet_series
@@ -50,7 +51,7 @@ def line(tmp_path: Path) -> Iterator[Line]:
 def child(line: Line, program: str) -> Executor:
     """An executor whose child is `program`."""
     return Executor(line.config, line.ledger, line.spool, clock=line.clock,
-                    command=(sys.executable, "-I", "-c", PRELUDE + program))
+                    runner=ChildRunner(command=(sys.executable, "-I", "-c", PRELUDE + program)))
 
 
 def queued(line: Line) -> int:
@@ -65,7 +66,7 @@ def queued(line: Line) -> int:
 
 def attempt(line: Line, executor: Executor, stop: threading.Event | None = None) -> dict[str, Any]:
     """Claim the job, run it once, and look at it."""
-    job = line.ledger.claim(executor._owner, now=line.now, lease_s=line.config.work.lease_s)
+    job = line.ledger.claim(executor.name, now=line.now, lease_s=line.config.work.lease_s)
     assert job is not None
     executor.run_job(job, stop or threading.Event())
     return line.ledger.job(job["id"])

@@ -19,6 +19,7 @@ from dicomnode.errors import ConfigError, NotFound
 from dicomnode.executor import Executor
 from dicomnode.ledger import SCHEMA_VERSION, Ledger, NewJob
 from dicomnode.psflibrary import PsfMissing, combined, from_file, keep_found, keep_measured, listing, resolve, to_json
+from dicomnode.runner import ChildRunner
 from sop.scanner import ScannerKey, scanner_key
 from tests.factories import pet_series
 from tests.node.line import PET_ROUTE, Line
@@ -306,8 +307,8 @@ def test_what_a_finished_job_found_is_entered_with_its_series(tmp_path: Path) ->
         line.ledger.add_job(NewJob("id", uid, "1.2", None, "all-pet", "nbd", "best", {}, ("PACS",), inputs),
                             now=line.now)
         executor = Executor(line.config, line.ledger, line.spool, clock=line.clock,
-                            command=(sys.executable, "-I", "-c", program))
-        job = line.ledger.claim(executor._owner, now=line.now, lease_s=60)
+                            runner=ChildRunner(command=(sys.executable, "-I", "-c", program)))
+        job = line.ledger.claim(executor.name, now=line.now, lease_s=60)
         assert job is not None
         executor.run_job(job, threading.Event())
         (row,) = line.ledger.psfs(KEY.as_dict())
