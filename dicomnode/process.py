@@ -4,6 +4,7 @@
     stop_on_signals SIGTERM and SIGINT set an event
     notify          one line to systemd's socket (sd_notify(3)): READY=1, WATCHDOG=1, STOPPING=1
     end             SIGTERM to a process group, then SIGKILL
+    Pulse           which threads of this process have shown that they get on, and which are late
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ import signal
 import socket
 import subprocess
 import threading
+import time
+from collections.abc import Callable
 from types import FrameType
 
-__all__ = ["PARENT_VARIABLE", "end", "notify", "stop_on_signals", "tie_to_parent", "watchdog_interval_s"]
+__all__ = ["PARENT_VARIABLE", "Pulse", "end", "notify", "stop_on_signals", "tie_to_parent", "watchdog_interval_s"]
 
 PARENT_VARIABLE = "DICOMNODE_PARENT"  # process id of the supervisor, handed to its children
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
@@ -83,3 +86,43 @@ def end(child: subprocess.Popen, *, grace_s: float) -> int:
         except subprocess.TimeoutExpired:
             continue
     return child.wait()
+
+
+class Pulse:
+    """Signs of life of the threads of one process, in memory. A thread that hangs gives none.
+
+    `expect` names a thread and how long it may be silent; it calls `beat` as it gets on. Limits are to be generous: a
+    disk that is slow, or a ledger that others lock, is no hang.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._heard: dict[str, tuple[float, float]] = {}  # name -> (last beat, how long it may be silent)
+
+    def expect(self, name: str, within_s: float) -> None:
+        """From now on a beat is due every `within_s` seconds."""
+        with self._lock:
+            self._heard[name] = (self._clock(), within_s)
+
+    def beat(self, name: str) -> None:
+        """The thread gets on; nothing where it is not expected (any more)."""
+        with self._lock:
+            if name in self._heard:
+                self._heard[name] = (self._clock(), self._heard[name][1])
+
+    def forget(self, name: str) -> None:
+        """The thread ends in good order."""
+        with self._lock:
+            self._heard.pop(name, None)
+
+    def silent_s(self, name: str) -> float:
+        """Seconds since the last beat; 0 for one that is not expected."""
+        with self._lock:
+            return max(0.0, self._clock() - self._heard[name][0]) if name in self._heard else 0.0
+
+    def late(self) -> dict[str, float]:
+        """The threads that were silent for too long, and for how many seconds."""
+        with self._lock:
+            now = self._clock()
+            return {name: now - at for name, (at, within_s) in self._heard.items() if now - at > within_s}
