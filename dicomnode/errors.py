@@ -17,6 +17,7 @@ __all__ = [
     "LedgerCorrupt",
     "NodeError",
     "NotFound",
+    "PeerRefused",
     "PeerUnreachable",
     "RefusedInput",
     "TooLarge",
@@ -100,3 +101,7 @@ class PeerUnreachable(NodeError):
     """The peer does not answer, rejects the association or does not accept the objects."""
 
     exit_code = Exit.UNREACHABLE
+
+
+class PeerRefused(NodeError):
+    """The peer answers, and does not do what it was asked: a failed query or retrieval."""
