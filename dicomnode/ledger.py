@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from dicomnode.errors import LedgerCorrupt, NotFound, TransitionRefused
 from dicomnode.migrations import SCHEMA_VERSION, migrate
-from dicomnode.states import may_follow
+from dicomnode.states import after_deliveries, may_follow
 
 __all__ = ["SCHEMA_VERSION", "InstanceRow", "Kept", "Ledger", "NewJob"]
 
@@ -368,12 +368,11 @@ class Ledger:
             return True
 
     def settle(self, job_id: int, *, now: float) -> None:
-        """A built job whose deliveries were all done before (it was stopped at the last instance) is delivered."""
+        """Take the job to the state that follows from its deliveries (states.after_deliveries), if one does."""
         with self.transaction():
-            states = {row["state"] for row in self.deliveries(job_id)}
-            if self.job(job_id)["state"] == "built" and states == {"delivered"}:
-                self.set_job(job_id, "sending", now=now)
-                self.set_job(job_id, "delivered", now=now, reason="every peer had confirmed it before")
+            while step := after_deliveries(self.job(job_id)["state"], self.deliveries(job_id)):
+                state, code, reason = step
+                self.set_job(job_id, state, now=now, code=code, reason=reason)
 
     # --- deliveries
 
@@ -395,28 +394,22 @@ class Ledger:
                 {"delivery_id": delivery_id, "sop_instance_uid": uid, "status": status, "comment": comment, "at": now}
                 for uid, status, comment in statuses])
 
-    def set_delivery(self, delivery_id: int, state: str, *, now: float, reason: str = "", next_at: float | None = None,
-                     attempts: int | None = None) -> None:
-        """Change a delivery (waiting, delivered, dead) with its event row.
+    def set_delivery(self, delivery_id: int, state: str, *, now: float, reason: str = "", **columns: Any) -> None:
+        """Change a delivery (waiting, delivered, committed, dead; other columns) with its event row, then its job.
 
         The last one delivered makes the job delivered. A dead delivery holds the job: a person decides.
         """
+        columns |= {"state": state, "reason": reason, "done_at": now if state != "waiting" else None}
         with self.transaction() as db:
             old = self._one("SELECT * FROM delivery WHERE id = ?", (delivery_id,))
             if old is None:
                 raise NotFound(f"no delivery {delivery_id} in the ledger")
-            db.execute(
-                "UPDATE delivery SET state = ?, reason = ?, next_at = coalesce(?, next_at), "
-                "attempts = coalesce(?, attempts), done_at = ? WHERE id = ?",
-                (state, reason, next_at, attempts, now if state != "waiting" else None, delivery_id))
+            db.execute(f"UPDATE delivery SET {', '.join(f'{name} = :{name}' for name in columns)} WHERE id = :id",
+                       {**columns, "id": delivery_id})
             job = self.job(old["job_id"])
             self.event("delivery", now=now, study_uid=job["study_uid"], series_uid=job["series_uid"], job_id=job["id"],
                        from_state=old["state"], to_state=state, code=old["peer"], reason=reason)
-            left = [row["state"] for row in self.deliveries(job["id"])]
-            if job["state"] == "sending" and "dead" in left and "waiting" not in left:
-                self.set_job(job["id"], "held", now=now, code="delivery", reason=f"{old['peer']}: {reason}")
-            elif job["state"] == "sending" and set(left) == {"delivered"}:
-                self.set_job(job["id"], "delivered", now=now)
+            self.settle(job["id"], now=now)
 
     # --- the PSF library
 

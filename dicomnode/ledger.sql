@@ -105,8 +105,12 @@ CREATE TABLE IF NOT EXISTS delivery (
     next_at    REAL NOT NULL,
     created_at REAL NOT NULL,
     done_at    REAL,
+    confirm    TEXT NOT NULL DEFAULT 'store', -- proof wanted beyond the answers: find, commitment (since version 3)
+    proofs     INTEGER NOT NULL DEFAULT 0,    -- attempts at that proof (since version 3)
+    prove_at   REAL,                        -- delivered: when to look after the proof (since version 3)
     UNIQUE (job_id, peer)
 );
+CREATE INDEX IF NOT EXISTS delivery_proof ON delivery (prove_at) WHERE prove_at IS NOT NULL;
 
 CREATE TABLE IF NOT EXISTS delivery_instance (
     delivery_id      INTEGER NOT NULL REFERENCES delivery (id),
@@ -114,6 +118,7 @@ CREATE TABLE IF NOT EXISTS delivery_instance (
     status           INTEGER NOT NULL,      -- C-STORE status of the last attempt
     comment          TEXT NOT NULL DEFAULT '',
     at               REAL NOT NULL,
+    committed_at     REAL,                  -- the peer has committed to keep it (since version 3)
     PRIMARY KEY (delivery_id, sop_instance_uid)
 ) WITHOUT ROWID;
 
@@ -158,11 +163,12 @@ CREATE INDEX IF NOT EXISTS psf_key ON psf (scanner_key);
 CREATE TABLE IF NOT EXISTS commitment (     -- storage commitment that we asked a peer for (PS3.4 Annex J)
     transaction_uid TEXT PRIMARY KEY,
     delivery_id     INTEGER NOT NULL REFERENCES delivery (id),
+    ae_title        TEXT NOT NULL,          -- whom we asked: nobody else may answer
+    items           TEXT NOT NULL,          -- JSON: [SOP Instance UID, ...]
     state           TEXT NOT NULL,          -- asked, confirmed, failed, late
     reason          TEXT NOT NULL DEFAULT '',
-    attempt         INTEGER NOT NULL,
     asked_at        REAL NOT NULL,
-    due_at          REAL NOT NULL,          -- without an answer until then: asked again, or proven by C-FIND
+    due_at          REAL NOT NULL,          -- without an answer until then: asked again; it still counts when it comes
     answered_at     REAL
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS commitment_delivery ON commitment (delivery_id, asked_at);
@@ -275,7 +281,7 @@ SELECT delivery.* FROM delivery JOIN job ON job.id = delivery.job_id
  ORDER BY job.priority DESC, delivery.next_at, delivery.id;
 
 -- name: put_status
-INSERT INTO delivery_instance VALUES (:delivery_id, :sop_instance_uid, :status, :comment, :at)
+INSERT INTO delivery_instance VALUES (:delivery_id, :sop_instance_uid, :status, :comment, :at, NULL)
 ON CONFLICT (delivery_id, sop_instance_uid)
 DO UPDATE SET status = excluded.status, comment = excluded.comment, at = excluded.at;
 

@@ -27,6 +27,10 @@ STEPS: Mapping[int, tuple[str, ...]] = {
         "ALTER TABLE job ADD COLUMN memory_gb REAL",
         "ALTER TABLE job ADD COLUMN device TEXT",
         "ALTER TABLE job ADD COLUMN purged_at REAL",
+        "ALTER TABLE delivery ADD COLUMN confirm TEXT NOT NULL DEFAULT 'store'",
+        "ALTER TABLE delivery ADD COLUMN proofs INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE delivery ADD COLUMN prove_at REAL",
+        "ALTER TABLE delivery_instance ADD COLUMN committed_at REAL",
     ),
 }
 SCHEMA_VERSION = max(STEPS)

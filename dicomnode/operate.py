@@ -6,7 +6,6 @@ study or accession number it must leave one choice: what would touch two jobs is
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Set
 from dataclasses import dataclass
 from typing import Any
@@ -43,13 +42,13 @@ def retry(ledger: Ledger, target: str, *, now: float, actor: str) -> Done:
     Raises NotFound and RefusedInput.
     """
     row = _one(ledger, target, "retry", HELD, JOB_RETRY, dead_too=True)
-    with ledger.transaction() as db:
+    with ledger.transaction():
         if row["series_state"] == "held" or _undecided(row):
             ledger.set_series(row["series_uid"], "receiving", now=now, code="operator", reason="retry", actor=actor)
             return Done(row["series_uid"], None, "receiving", "the series is looked at again")
         job, dead = ledger.job(row["job_id"]), _dead(ledger, row["job_id"])
         if dead and job["derived_path"]:
-            _revive(db, ledger, dead, now=now)
+            _revive(ledger, dead, now=now)
             if job["state"] in JOB_RETRY:
                 ledger.set_job(job["id"], "built", now=now, code="operator", reason="deliveries retried", actor=actor,
                                finished_at=None)
@@ -97,7 +96,7 @@ def release(ledger: Ledger, target: str, *, now: float, actor: str) -> Done:
         for peer in job["send_to"]:
             db.execute("INSERT OR IGNORE INTO delivery (job_id, peer, state, next_at, created_at) "
                        "VALUES (?, ?, 'waiting', ?, ?)", (job["id"], peer, now, now))
-        _revive(db, ledger, _dead(ledger, job["id"]), now=now)
+        _revive(ledger, _dead(ledger, job["id"]), now=now)
         ledger.set_job(job["id"], "built", now=now, code="operator", reason=why, actor=actor, finished_at=None)
         ledger.settle(job["id"], now=now)
         if ledger.job(job["id"])["state"] == "delivered":
@@ -184,11 +183,11 @@ def _dead(ledger: Ledger, job_id: int) -> list[dict[str, Any]]:
     return [row for row in ledger.deliveries(job_id) if row["state"] == "dead"]
 
 
-def _revive(db: sqlite3.Connection, ledger: Ledger, dead: list[dict[str, Any]], *, now: float) -> None:
+def _revive(ledger: Ledger, dead: list[dict[str, Any]], *, now: float) -> None:
     """Dead deliveries wait again; their age counts from now, or they would be given up at once."""
     for delivery in dead:
-        ledger.set_delivery(delivery["id"], "waiting", now=now, reason="retried by a person", next_at=now, attempts=0)
-        db.execute("UPDATE delivery SET created_at = ? WHERE id = ?", (now, delivery["id"]))
+        ledger.set_delivery(delivery["id"], "waiting", now=now, reason="retried by a person", next_at=now, attempts=0,
+                            proofs=0, prove_at=None, created_at=now)
 
 
 def _label(row: dict[str, Any]) -> str:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["JOB_STATES", "JOB_TRANSITIONS", "SERIES_STATES", "SERIES_TRANSITIONS", "may_follow"]
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+__all__ = ["JOB_STATES", "JOB_TRANSITIONS", "SERIES_STATES", "SERIES_TRANSITIONS", "after_deliveries", "may_follow"]
 
 SERIES_TRANSITIONS: dict[str, frozenset[str]] = {
     # receiving: instances still come.  complete: proven whole.  matched: a job exists.
@@ -43,3 +46,28 @@ def may_follow(kind: str, old: str, new: str) -> bool:
     False
     """
     return new in (SERIES_TRANSITIONS if kind == "series" else JOB_TRANSITIONS)[old]
+
+
+def after_deliveries(job: str, deliveries: Sequence[Mapping[str, Any]]) -> tuple[str, str, str] | None:
+    """The next (state, code, reason) of a job in state `job`, as its delivery rows have it; None: it stays.
+
+    Delivered when every delivery is. Committed when, besides, each whose peer was asked for more than its answers
+    (`confirm`) has given it, and at least one was asked. Held when one is dead and none is to be sent any more.
+    """
+    states = {row["state"] for row in deliveries}
+    done = bool(states) and states <= {"delivered", "committed"}
+    dead = [row for row in deliveries if row["state"] == "dead"]
+    if done and job == "built":
+        return "sending", "", "every peer had confirmed it before"
+    if done and job == "sending":
+        return "delivered", "", ""
+    if job == "delivered" and "waiting" in states:
+        return "sending", "", "; ".join(f"{row['peer']}: {row['reason']}" for row in deliveries
+                                        if row["state"] == "waiting")
+    if job in ("sending", "delivered") and dead and "waiting" not in states:
+        code = "commitment" if all(row["proofs"] for row in dead) else "delivery"
+        return "held", code, "; ".join(f"{row['peer']}: {row['reason']}" for row in dead)
+    if job == "delivered" and "committed" in states and all(
+            row["state"] == "committed" or row["confirm"] == "store" for row in deliveries):
+        return "committed", "", "; ".join(f"{row['peer']}: {row['reason']}" for row in deliveries)
+    return None

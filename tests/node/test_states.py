@@ -8,13 +8,20 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from dicomnode.errors import NotFound, TransitionRefused
 from dicomnode.ledger import InstanceRow, Ledger, NewJob
-from dicomnode.states import JOB_STATES, JOB_TRANSITIONS, SERIES_STATES, SERIES_TRANSITIONS, may_follow
+from dicomnode.states import (
+    JOB_STATES,
+    JOB_TRANSITIONS,
+    SERIES_STATES,
+    SERIES_TRANSITIONS,
+    after_deliveries,
+    may_follow,
+)
 
 SERIES = st.integers(1, 3).map(lambda number: f"1.2.{number}")
 OWNERS = st.sampled_from(["worker 1", "worker 2"])
@@ -38,14 +45,31 @@ def test_only_a_superseded_job_is_at_its_end(table: dict[str, frozenset[str]], f
     assert {state for state, following in table.items() if not following} == final
 
 
-def test_what_was_delivered_is_never_computed_or_sent_again():
-    """From delivered and committed no way leads to running, built or sending."""
-    reached, todo = {"delivered"}, ["delivered"]
-    while todo:
-        new = JOB_TRANSITIONS[todo.pop()] - reached
-        reached |= new
-        todo += new
-    assert not reached & {"queued", "running", "failed", "built", "sending", "held"}
+def test_what_was_committed_is_never_computed_or_sent_again():
+    """Only other input takes its place. What was delivered is sent again or held where a peer does not commit to it,
+    and never computed without a person."""
+    assert JOB_TRANSITIONS["committed"] == {"superseded"}
+    assert not JOB_TRANSITIONS["delivered"] & {"queued", "running", "failed", "built"}
+
+
+@given(st.sampled_from(sorted(JOB_TRANSITIONS)), st.lists(st.fixed_dictionaries({
+    "peer": st.sampled_from("AB"), "state": st.sampled_from(["waiting", "delivered", "committed", "dead"]),
+    "confirm": st.sampled_from(["store", "find", "commitment"]), "reason": st.just("why"), "proofs": st.integers(0, 2),
+}), max_size=3))
+def test_a_job_is_drawn_from_its_deliveries_by_steps_that_end(state: str, rows: list[dict[str, object]]):
+    """For any deliveries: each step is allowed; none but a fully proven job is committed; a dead one never passes."""
+    for _ in range(4):
+        step = after_deliveries(state, rows)
+        if step is None:
+            break
+        assert may_follow("job", state, step[0])
+        state = step[0]
+        if state == "committed":
+            assert all(row["state"] == "committed" or (row["state"], row["confirm"]) == ("delivered", "store")
+                       for row in rows)
+        if state == "delivered":
+            assert not {"dead", "waiting"} & {row["state"] for row in rows}
+    assert after_deliveries(state, rows) is None
 
 
 def test_unknown_states_are_an_error():
