@@ -75,6 +75,7 @@ class NewJob:
     send_to: tuple[str, ...]
     inputs: tuple[str, ...]
     priority: int = 0
+    urgent: bool = False
 
 
 class Ledger:
@@ -254,10 +255,9 @@ class Ledger:
     def add_job(self, new: NewJob, *, now: float) -> int:
         """Queue a job and set its series `matched`; the id of the job. The same identity never makes a second one."""
         with self.transaction() as db:
-            added = db.execute(SQL["add_job"], {
-                **asdict(new), "settings": json.dumps(dict(new.settings), sort_keys=True),
-                "send_to": json.dumps(new.send_to), "inputs": json.dumps(new.inputs), "now": now,
-            }).rowcount
+            added = db.execute(SQL["add_job"], asdict(new) | {
+                "settings": json.dumps(dict(new.settings), sort_keys=True), "send_to": json.dumps(new.send_to),
+                "inputs": json.dumps(new.inputs), "now": now}).rowcount
             job_id = db.execute("SELECT id FROM job WHERE identity = ?", (new.identity,)).fetchone()["id"]
             self.set_series(new.series_uid, "matched", now=now)
             if added:

@@ -259,9 +259,9 @@ SELECT * FROM series
 
 -- name: add_job
 INSERT INTO job (identity, series_uid, study_uid, guide_series_uid, route, method, preset, settings, send_to, inputs,
-                 state, priority, run_after, created_at)
+                 state, priority, urgent, run_after, created_at)
 VALUES (:identity, :series_uid, :study_uid, :guide_series_uid, :route, :method, :preset, :settings, :send_to, :inputs,
-        'queued', :priority, :now, :now)
+        'queued', :priority, :urgent, :now, :now)
 ON CONFLICT (identity) DO NOTHING;
 
 -- name: waiting_routes
@@ -278,7 +278,7 @@ SELECT * FROM job
 -- name: due_deliveries
 SELECT delivery.* FROM delivery JOIN job ON job.id = delivery.job_id
  WHERE delivery.state = 'waiting' AND delivery.next_at <= :now AND job.state IN ('built', 'sending')
- ORDER BY job.priority DESC, delivery.next_at, delivery.id;
+ ORDER BY job.urgent DESC, job.priority DESC, delivery.next_at, delivery.id;
 
 -- name: put_status
 INSERT INTO delivery_instance VALUES (:delivery_id, :sop_instance_uid, :status, :comment, :at, NULL)

@@ -25,7 +25,7 @@ Days = Annotated[float, Field(ge=0)]
 TimeOfDay = Annotated[str, StringConstraints(pattern=r"^([01]\d|2[0-3]):[0-5]\d$")]
 #: "20:00-06:00", "mon-fri 20:00-06:00", "sat,sun 00:00-24:00": dicomnode/windows.py
 WindowText = Annotated[str, StringConstraints(strip_whitespace=True, pattern=(
-    r"^(?:(?:mon|tue|wed|thu|fri|sat|sun)(?:[-,](?:mon|tue|wed|thu|fri|sat|sun))* )?"
+    r"^(?:DAY(?:-DAY)?(?:,DAY(?:-DAY)?)* )?".replace("DAY", "(?:mon|tue|wed|thu|fri|sat|sun)") +
     r"(?:[01]\d|2[0-3]):[0-5]\d-(?:(?:[01]\d|2[0-3]):[0-5]\d|24:00)$"))]
 
 
@@ -58,6 +58,7 @@ class Reception(Section):
     """The Storage SCP: who may associate, how much at once, how large."""
 
     max_associations: Annotated[int, Field(ge=1, le=1000)] = 60
+    max_associations_per_peer: Annotated[int, Field(ge=1, le=1000)] = 50
     max_pdu: Annotated[int, Field(ge=4096, le=1048576)] = 131072
     acse_timeout_s: Annotated[float, Field(gt=0)] = 30
     dimse_timeout_s: Annotated[float, Field(gt=0)] = 60

@@ -281,6 +281,43 @@ def test_priority_then_age_decides_who_is_next(ledger: Ledger):
     assert ledger.claim("w", now=200, lease_s=60)["id"] == 1
 
 
+def test_job_waits_until_its_route_may_start(ledger: Ledger):
+    """Queued or failed; another route's jobs do not wait for it, and an urgent job does not wait at all."""
+    received(ledger)
+    ledger.set_series("1.2.1", "complete", now=101)
+    night = ledger.add_job(replace(JOB, route="night", priority=9), now=102)
+    day = ledger.add_job(replace(JOB, identity="j", route="day"), now=102)
+    closed = lambda route: route != "night"  # noqa: E731
+    first = ledger.claim("w", now=103, lease_s=60, may_start=closed)
+    assert first is not None and first["id"] == day
+    assert ledger.claim("w", now=103, lease_s=60, may_start=closed) is None
+    assert ledger.job(night)["state"] == "queued"
+    with ledger.transaction() as db:
+        db.execute("UPDATE job SET urgent = 1 WHERE id = ?", (night,))
+    urgent = ledger.claim("w", now=104, lease_s=60, may_start=closed)
+    assert urgent is not None and urgent["id"] == night
+
+
+def test_urgent_goes_before_priority(ledger: Ledger):
+    """However high the priority of the others."""
+    received(ledger)
+    ledger.set_series("1.2.1", "complete", now=101)
+    ledger.add_job(replace(JOB, priority=100), now=102)
+    urgent = ledger.add_job(replace(JOB, identity="j", urgent=True), now=102)
+    job = ledger.claim("w", now=103, lease_s=60)
+    assert job is not None and job["id"] == urgent
+
+
+def test_lease_that_runs_out_while_the_window_is_closed_waits_for_the_next(ledger: Ledger):
+    """The job is taken from the process that died, counted as an attempt, and goes on when its window opens."""
+    job_id = running_job(ledger)
+    assert ledger.claim("other", now=200, lease_s=60, may_start=lambda route: False) is None
+    lost = ledger.job(job_id)
+    assert (lost["state"], lost["code"], lost["attempts"]) == ("failed", "lease", 1)
+    job = ledger.claim("other", now=300, lease_s=60, may_start=lambda route: True)
+    assert job is not None and (job["id"], job["attempts"]) == (job_id, 2)
+
+
 def test_lease_that_ran_out_gives_the_job_to_another(ledger: Ledger):
     """The first worker learns it from its heartbeat and cannot build any more."""
     job_id = running_job(ledger)
