@@ -49,6 +49,7 @@ from dicomnode.ledger import InstanceRow, Kept, Ledger
 from dicomnode.logs import get_logger
 from dicomnode.objectindex import ObjectIndex
 from dicomnode.spool import Spool
+from dicomnode.tls import ServerTls
 from dicomnode.transport import Acceptor, Server, peer_address
 from sop.uids import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
 
@@ -112,8 +113,8 @@ class Receiver:
         self._committer = GroupCommitter(spool, ledger)
         reception = config.reception
         self._limits = Limits(object_bytes=reception.max_object_mb * 2**20, free_bytes=reception.low_disk_mb * 2**20)
-        self._server: Server | None = None
-        self._thread: threading.Thread | None = None
+        self._tls = None if config.tls.port is None else ServerTls(config.tls, config.peer)
+        self._servers: list[tuple[Server, threading.Thread]] = []
 
     def start(self) -> None:
         """Listen. Raises OSError where the address is taken or not ours."""
@@ -131,24 +132,32 @@ class Receiver:
         ae.network_timeout = reception.network_timeout_s
         contexts = [build_context(uid, list(TRANSFER_SYNTAXES)) for uid in STORAGE_CLASSES]
         contexts.append(build_context(VERIFICATION, [ExplicitVRLittleEndian, ImplicitVRLittleEndian]))
-        self._server = Server(
-            ae, (node.host, node.port), node.ae_title, contexts,
-            evt_handlers=[(evt.EVT_REQUESTED, self._on_requested), (evt.EVT_C_STORE, self._on_c_store),
-                          (evt.EVT_C_ECHO, self._on_c_echo)],
-            make_intake=self._intake, on_end=self._on_end, connection_limit=4 * reception.max_associations)
-        self._thread = threading.Thread(target=self._server.serve_forever, name="listener", daemon=True)
-        self._thread.start()
+        ports: list[tuple[int, ServerTls | None]] = [(node.port, None)] if self._config.tls.plain else []
+        if self._config.tls.port is not None:
+            ports.append((self._config.tls.port, self._tls))
+        for port, tls in ports:
+            server = Server(
+                ae, (node.host, port), node.ae_title, contexts,
+                evt_handlers=[(evt.EVT_REQUESTED, self._on_requested), (evt.EVT_C_STORE, self._on_c_store),
+                              (evt.EVT_C_ECHO, self._on_c_echo)],
+                make_intake=self._intake, on_end=self._on_end, connection_limit=4 * reception.max_associations,
+                association_limit_s=reception.max_association_s, tls=tls, on_tls_failure=self._on_tls_failure)
+            self._servers.append((server, threading.Thread(target=server.serve_forever, name="listener", daemon=True)))
+        for _, thread in self._servers:
+            thread.start()
 
     def stop(self) -> None:
         """No new associations; those open are aborted; what is on its way to the ledger is committed."""
-        if self._server is not None and self._thread is not None:
-            self._server.shutdown()
-            self._thread.join()
-            for assoc in self._server.associations():
-                assoc.abort(block=False)
-            for assoc in self._server.associations():
-                assoc.join(2.0)
+        for server, thread in self._servers:
+            server.shutdown()
+            thread.join()
+        left = [assoc for server, _ in self._servers for assoc in server.associations()]
+        for assoc in left:
+            assoc.abort(block=False)
+        for assoc in left:
+            assoc.join(2.0)
         self._committer.close()
+        self._security.close()
 
     # --- associations
 
@@ -156,7 +165,9 @@ class Receiver:
         assoc = event.assoc
         request = cast(A_ASSOCIATE, assoc.requestor.primitive)
         calling, address = request.calling_ae_title.strip(), peer_address(assoc)
-        refusal = self._gate.enter(id(assoc), calling_ae=calling, called_ae=request.called_ae_title, address=address)
+        refusal = self._gate.enter(id(assoc), calling_ae=calling, called_ae=request.called_ae_title, address=address,
+                                   tls=cast(Acceptor, assoc).tls,
+                                   authorities=self._tls.authorities if self._tls else None)
         if refusal is None:
             return
         assoc.acse.send_reject(refusal.result, refusal.source, refusal.reason)
@@ -164,9 +175,18 @@ class Receiver:
         self._security.record("security", refusal.code, refusal.why, calling_ae=calling, address=address)
         assoc.kill()
 
+    def _on_tls_failure(self, address: str, reason: str) -> None:
+        self._security.record("security", "tls", f"no TLS connection came about: {reason}", calling_ae="",
+                              address=address)
+
     def _on_end(self, assoc: Acceptor) -> None:
         self._gate.leave(id(assoc))
         address = peer_address(assoc)
+        if assoc.overdue:
+            limit = self._config.reception.max_association_s
+            self._security.record("security", "association_time", f"an association lasted longer than {limit:g} s "
+                                  "(reception.max_association_s) and was aborted",
+                                  calling_ae=assoc.requestor.ae_title.strip(), address=address)
         if assoc.requestor.primitive is None:
             self._security.record("security", "no_association", "a connection brought no A-ASSOCIATE request",
                                   calling_ae="", address=address)

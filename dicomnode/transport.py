@@ -4,7 +4,8 @@ What is changed, each for a measured or provable reason: threads sleep until som
 thousand times a second; sockets read whole PDUs instead of 4 kB pieces, send without delay and give up on a peer that
 stops in the middle of a PDU; a PDU longer than we announced ends the association instead of growing in memory; the
 presentation contexts are shared instead of copied for each association; the data set of a C-STORE goes to disk as it
-arrives, uncopied; connections beyond a limit are closed at once.
+arrives, uncopied; connections beyond a limit are closed at once; a TLS handshake has a thread of its own, so that the
+next connection is accepted meanwhile; an association that lasts too long is aborted.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ import os
 import queue
 import select
 import socket
+import ssl
 import struct
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -32,9 +35,11 @@ from pynetdicom.transport import AssociationServer, AssociationSocket, RequestHa
 
 from dicomnode.command import store_response
 from dicomnode.intake import Intake
+from dicomnode.tls import ServerTls, Session, reason_of, session_of
 
 __all__ = ["Acceptor", "Server", "peer_address"]
 
+_ABORT_S = 2.0  # seconds that an A-ABORT may take to go out
 _ASSOCIATE_LIMIT = 2**20  # bytes; 128 contexts with every transfer syntax take a tenth of it
 MakeIntake = Callable[["Acceptor", "DIMSEMessage"], Intake]
 
@@ -42,6 +47,11 @@ MakeIntake = Callable[["Acceptor", "DIMSEMessage"], Intake]
 def peer_address(assoc: Association) -> str:
     info = assoc.requestor.address_info
     return "" if info is None else str(info.address)
+
+
+def decrypted(connection: socket.socket) -> bool:
+    """Whether TLS holds bytes that were read already: the kernel knows nothing of them."""
+    return isinstance(connection, ssl.SSLSocket) and connection.pending() > 0
 
 
 class _Socket(AssociationSocket):
@@ -55,6 +65,8 @@ class _Socket(AssociationSocket):
         connection = self.socket
         if connection is None or not self._is_connected:
             return False
+        if decrypted(connection):
+            return True
         poll = select.poll()
         try:
             poll.register(connection, select.POLLIN)
@@ -148,6 +160,8 @@ class _Dul(DULServiceProvider):
         poll = select.poll()
         poll.register(self._wake, select.POLLIN)
         connection = None if self.socket is None else self.socket.socket
+        if connection is not None and decrypted(connection):
+            return
         try:
             if connection is not None:
                 poll.register(connection, select.POLLIN)
@@ -245,10 +259,14 @@ class Acceptor(Association):
 
     on_end: Callable[[Acceptor], None]
 
-    def __init__(self, ae: ApplicationEntity, make_intake: MakeIntake, on_end: Callable[[Acceptor], None]) -> None:
+    def __init__(self, ae: ApplicationEntity, make_intake: MakeIntake, on_end: Callable[[Acceptor], None], *,
+                 ends_at: float, monotonic: Callable[[], float]) -> None:
         super().__init__(ae, MODE_ACCEPTOR)
         self.on_end = on_end
         self.stored = 0
+        self.tls: Session | None = None
+        self.overdue = False  # aborted for its age
+        self._ends_at, self._monotonic = ends_at, monotonic
         self._stirred = threading.Event()
         provider = _Dimse(self)
         provider.make_intake = make_intake
@@ -264,6 +282,14 @@ class Acceptor(Association):
         self._kill = True
         self.stir()
         super().kill()
+
+    def abort_connection(self) -> None:
+        """End the connection without a word; whoever reads from it or writes to it is woken."""
+        wrapped = self.dul.socket
+        connection = None if wrapped is None else wrapped.socket
+        if connection is not None:
+            with contextlib.suppress(OSError):  # it went by itself meanwhile
+                socket.socket.shutdown(connection, socket.SHUT_RDWR)
 
     def _serve_request(self, msg: Any, context_id: int) -> None:
         if not msg.is_valid_request:  # pynetdicom would say nothing and let the peer wait
@@ -289,6 +315,12 @@ class Acceptor(Association):
                 self.kill()
             elif self.dul.idle_timer_expired():
                 self.abort()
+            elif self._monotonic() > self._ends_at:
+                self.overdue = self.is_aborted = True
+                self.abort(block=False)
+                self.dul.join(_ABORT_S)  # it may be reading from a peer that sends a byte a minute
+                self.abort_connection()
+                self.kill()
             else:
                 self._stirred.wait(1.0)
                 self._stirred.clear()
@@ -318,7 +350,9 @@ class _Handler(RequestHandler):
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         connection.settimeout(ae.network_timeout)
-        assoc = Acceptor(ae, server.make_intake, server.on_end)
+        assoc = Acceptor(ae, server.make_intake, server.on_end, monotonic=server.monotonic,
+                         ends_at=server.monotonic() + server.association_limit_s)
+        assoc.tls = session_of(connection)
         assoc._server = server
         wrapped = _Socket(assoc, client_socket=connection)
         wrapped.pdu_limit = max(_ASSOCIATE_LIMIT, ae.maximum_pdu_size)
@@ -341,19 +375,57 @@ class _Handler(RequestHandler):
 
 
 class Server(AssociationServer):
-    """Listens; `serve_forever()` until `shutdown()`."""
+    """Listens; `serve_forever()` until `shutdown()`.
+
+    tls                  None: a plain port.
+    on_tls_failure       told the address and the reason of a handshake that came to nothing.
+    association_limit_s  an association that lasts longer is aborted.
+    """
 
     request_queue_size = 256
 
     def __init__(self, ae: ApplicationEntity, *args: Any, make_intake: MakeIntake, on_end: Callable[[Acceptor], None],
-                 connection_limit: int, **kwargs: Any) -> None:
+                 connection_limit: int, association_limit_s: float, tls: ServerTls | None = None,
+                 on_tls_failure: Callable[[str, str], None] = lambda *_: None,
+                 monotonic: Callable[[], float] = time.monotonic, **kwargs: Any) -> None:
         self.make_intake = make_intake
         self.connection_limit = connection_limit
+        self.association_limit_s = association_limit_s
+        self.monotonic = monotonic
+        self._tls, self._on_tls_failure = tls, on_tls_failure
+        self._shaking = threading.BoundedSemaphore(connection_limit)
         self._on_end = on_end
         self._open: dict[Acceptor, None] = {}  # in order of arrival
         kwargs["request_handler"] = _Handler
         super().__init__(ae, *args, **kwargs)
         ae._servers.append(cast(Any, self))
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """One accepted connection; the TLS handshake must not keep the next one waiting."""
+        if self._tls is None:
+            super().process_request(request, client_address)
+        elif self._shaking.acquire(blocking=False):
+            threading.Thread(target=self._shake_hands, args=(request, client_address), name="handshake",
+                             daemon=True).start()
+        else:
+            self.shutdown_request(request)
+
+    def _shake_hands(self, request: socket.socket, client_address: Any) -> None:
+        assert self._tls is not None
+        try:
+            request.settimeout(self.ae.acse_timeout)  # for the whole of the handshake
+            connection = self._tls.context().wrap_socket(request, server_side=True)
+        except OSError as error:
+            self._on_tls_failure(str(client_address[0]), reason_of(error))
+            self.shutdown_request(request)
+            return
+        finally:
+            self._shaking.release()
+        try:
+            self.finish_request(cast(Any, connection), client_address)
+        except Exception:
+            self.handle_error(connection, client_address)
+            self.shutdown_request(connection)
 
     def opened(self, assoc: Acceptor) -> None:
         self._open[assoc] = None
@@ -371,8 +443,7 @@ class Server(AssociationServer):
             wrapped = assoc.dul.socket
             if assoc.requestor.primitive is None and wrapped is not None and wrapped.socket is not None:
                 self._open.pop(assoc, None)
-                with contextlib.suppress(OSError):  # it went by itself meanwhile
-                    wrapped.socket.shutdown(socket.SHUT_RDWR)
+                assoc.abort_connection()
                 return True
         return False
 

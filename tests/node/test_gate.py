@@ -5,6 +5,10 @@ from __future__ import annotations
 import io
 import json
 import logging
+import sqlite3
+import threading
+import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -87,6 +91,47 @@ def test_host_that_cannot_be_resolved_lets_nobody_in(monkeypatch: pytest.MonkeyP
     assert code() is None
 
 
+def test_a_name_service_that_is_away_keeps_no_known_peer_out(monkeypatch: pytest.MonkeyPatch):
+    """The last good answer lets a peer in at once, also while a look-up hangs, and for no longer than a day."""
+    clock, release = Clock(), threading.Event()
+    gate_answers = [[(2, 1, 6, "", ("192.0.2.9", 0))]]
+
+    def lookup(*_: object, **__: object):
+        if gate_answers:
+            return gate_answers.pop()
+        release.wait(10)
+        raise OSError("the name service is away")
+
+    monkeypatch.setattr("socket.getaddrinfo", lookup)
+    gate = Gate(config('host = "scanner.example"'), clock=clock, lookup_s=5)
+    enter = {"calling_ae": "SCANNER", "called_ae": "NBDNODE", "address": "192.0.2.9"}
+    assert gate.enter(1, **enter) is None
+    clock.now += 3600
+    began = time.monotonic()
+    assert gate.enter(2, **enter) is None
+    assert time.monotonic() - began < 1.0
+    release.set()
+    clock.now += 3600
+    assert gate.enter(3, **enter) is None
+    clock.now += 90000
+    found = gate.enter(4, **enter)
+    assert found is not None and found.code == "address"
+
+
+def test_one_peer_cannot_take_every_place():
+    """reception.max_associations_per_peer counts by calling AE title."""
+    text = "".join(f'[[peer]]\nname = "{name}"\nae_title = "{name}"\nhost = "127.0.0.1"\n' for name in ("A", "B"))
+    gate = Gate(parse("[reception]\nmax_associations = 3\nmax_associations_per_peer = 2\n" + text), clock=Clock())
+
+    def enter(ticket: int, calling: str) -> str | None:
+        found = gate.enter(ticket, calling_ae=calling, called_ae="NBDNODE", address="127.0.0.1")
+        return None if found is None else found.code
+
+    assert [enter(1, "A"), enter(2, "A"), enter(3, "A"), enter(4, "B")] == [None, None, "limit", None]
+    gate.leave(1)
+    assert enter(5, "A") is None
+
+
 def test_a_clock_that_is_set_back_neither_keeps_an_old_address_nor_silences_the_record(tmp_path: Path,
                                                                                       monkeypatch: pytest.MonkeyPatch):
     """The name is looked up again, and the next refusal is written, without waiting for the old time to come again."""
@@ -103,6 +148,7 @@ def test_a_clock_that_is_set_back_neither_keeps_an_old_address_nor_silences_the_
         addresses.pop(0)
         assert gate.enter(2, address="192.0.2.10", **enter) is None
         security.record("security", "address", "refused", calling_ae="X", address="192.0.2.1")
+        security.close()
         assert len(ledger.events()) == 2
 
 
@@ -131,9 +177,11 @@ def test_the_same_refusal_is_recorded_once_a_minute_and_counted(tmp_path: Path):
         for _ in range(500):
             security.record("security", "calling_ae", "unknown", calling_ae="X", address="192.0.2.1")
             clock.now += 0.1
+        security.flush()
         assert len(ledger.events()) == 1
         clock.now += 60
         security.record("security", "calling_ae", "unknown", calling_ae="X", address="192.0.2.1")
+        security.close()
         first, second = ledger.events()
     assert (first["kind"], first["code"], first["actor"]) == ("security", "calling_ae", "X")
     assert "499 more" in second["reason"]
@@ -148,15 +196,35 @@ def test_a_scan_of_many_titles_cannot_fill_the_ledger(tmp_path: Path):
             address = f"192.0.2.{number % 250}"
             security.record("security", "calling_ae", "unknown", calling_ae=f"X{number}", address=address)
             clock.now += 0.001
+        security.close()
         assert len(ledger.events()) <= 52
         assert any(event["code"] == "various" for event in ledger.events())
 
 
-def test_event_that_cannot_be_written_does_not_disturb_the_answer(tmp_path: Path):
-    """A full disk or a lost ledger: logged, not raised."""
-    ledger = Ledger(tmp_path / "l")
-    ledger.close()
-    SecurityLog(ledger, clock=Clock()).record("reception", "DiskFull", "full", calling_ae="X", address="192.0.2.1")
+def test_a_locked_ledger_keeps_nobody_waiting_and_loses_no_event(tmp_path: Path):
+    """Another process holds the write lock: recording returns at once, the event is there when the lock is gone."""
+    with Ledger(tmp_path / "l") as ledger, closing(sqlite3.connect(tmp_path / "l", isolation_level=None)) as other:
+        security = SecurityLog(ledger, clock=Clock())
+        other.execute("BEGIN IMMEDIATE")
+        began = time.monotonic()
+        for number in range(20):
+            security.record("security", "address", "refused", calling_ae=f"X{number}", address="192.0.2.1")
+        assert time.monotonic() - began < 1.0
+        assert ledger.events() == []
+        other.execute("ROLLBACK")
+        security.flush()
+        assert len(ledger.events()) == 20
+        security.close()
+
+
+def test_a_ledger_that_takes_nothing_any_more_disturbs_nobody(tmp_path: Path):
+    """A lost ledger: logged, not raised, and the end is not waited for."""
+    with Ledger(tmp_path / "l") as ledger:
+        security = SecurityLog(ledger, clock=Clock())
+        with closing(sqlite3.connect(tmp_path / "l")) as other:
+            other.execute("DROP TABLE event")
+        security.record("reception", "DiskFull", "full", calling_ae="X", address="192.0.2.1")
+        security.close()
 
 
 def test_what_strangers_send_cannot_forge_a_log_line(tmp_path: Path):
@@ -167,6 +235,7 @@ def test_what_strangers_send_cannot_forge_a_log_line(tmp_path: Path):
         assert found is not None
         security = SecurityLog(ledger, clock=Clock())
         security.record("security", found.code, found.why, calling_ae="A\nB", address="127.0.0.1")
+        security.close()
         (event,) = ledger.events()
     assert event["reason"].isprintable()
     assert event["actor"] == "A?B"

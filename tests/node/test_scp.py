@@ -62,7 +62,7 @@ LOCAL_LIMIT_EXCEEDED = (2, 3, 2)
 @pytest.fixture(scope="module")
 def receiver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ReceiverProcess]:
     with ReceiverProcess(tmp_path_factory.mktemp("receiver"), peers=PEERS,
-                         reception="low_disk_mb = 1\nmax_object_mb = 1\nmax_associations = 60") as process:
+                         reception="low_disk_mb = 1\nmax_object_mb = 1\nmax_associations_per_peer = 60") as process:
         yield process
 
 
