@@ -18,9 +18,11 @@ import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from datetime import UTC, datetime
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, TextIO
+from uuid import uuid4
 
 import numpy as np
 
@@ -28,7 +30,10 @@ import deconv
 from deconv import Deconvolution, OnStep, Progress, Volume
 from deconv.metrics import kernel_fwhm_mm
 from deconv.safeguards import Gate, gates
+from dicomnode.daskclient import ClusterUnavailable, WorkerLost
+from dicomnode.daskclient import deconvolve as deconvolve_on_cluster
 from dicomnode.process import tie_to_parent
+from dicomnode.remote import Computed
 from dicomnode.uncertainty import UNCERTAINTY_FILE
 from dicomnode.uncertainty import save as save_uncertainty
 from sop.check import check_derived
@@ -85,7 +90,7 @@ def process(
     pet_files: Sequence[Path], guide_files: Sequence[Path], out_folder: Path, *, method: str, preset: str,
     overrides: Mapping[str, Any] | None = None, device: str = "auto", threads: int = 0, naming: Mapping[str, Any],
     guide_required: bool = False, now: datetime, on_step: OnStep | None = None, assume_units: str | None = None,
-    checkpoints: Path | None = None,
+    checkpoints: Path | None = None, cluster: Callable[..., Computed] | None = None,
 ) -> Outcome:
     """Make the derived series of one PET series in `out_folder` (made here, must not hold anything else).
 
@@ -98,6 +103,8 @@ def process(
     now             time of processing, for InstanceCreationDate and the like.
     checkpoints     folder from which a method that can (`deconv.RESUMABLE`) goes on where a killed run was; the
                     caller's to remove. None: it starts afresh.
+    cluster         computes the deconvolution elsewhere: dicomnode.daskclient.deconvolve with its scheduler and key.
+                    None: here. No checkpoints there.
 
     Raises Refused: by the reader; "method" for settings or a volume the method does not take; "gate" and "check"
     (Failing, with report) for a result that must not leave. `out_folder` is then gone.
@@ -108,13 +115,15 @@ def process(
     volume, source = read_series(pet_files, assume_units=assume_units)
     guide, guide_report = _read_guide(guide_files, source, required=guide_required)
     marks.append(time.perf_counter())
-    result = _deconvolve(volume, source, guide, method, preset, dict(overrides or {}), choose_device(device), threads,
-                         on_step, _resumable(method, preset, checkpoints, naming))
+    made = _deconvolve(cluster or partial(_here, further=_resumable(method, preset, checkpoints, naming)), volume,
+                       source, guide, method=method, preset=preset, overrides=dict(overrides or {}), device=device,
+                       threads=threads, on_step=on_step)
+    result = made.result
     marks.append(time.perf_counter())
     guide_report["used"] = bool(result.settings.get("guided", False))
-    derivation = _derivation(result, source, guide_report, naming, choose_device(device))
+    derivation = _derivation(made, source, guide_report, naming)
     opened = gates(volume, result)
-    report = _report(source, result, guide_report, device=choose_device(device), gates=opened)
+    report = _report(source, result, guide_report, device=made.device, gates=opened)
     _pass_gates(opened, report, source)
     say("derive", 1)
     derived = write_derived(result.image, source, derivation, out_folder, now=now)
@@ -170,32 +179,34 @@ def _resumable(method: str, preset: str, folder: Path | None, naming: Mapping[st
     return {"checkpoints": Checkpoints(folder, every_s=CHECKPOINT_S, version=version)}
 
 
-def _deconvolve(volume: Volume, source: SeriesInfo, guide: Volume | None, method: str, preset: str,
-                overrides: dict[str, Any], device: str, threads: int, on_step: OnStep | None,
-                further: Mapping[str, Any]) -> Deconvolution:
-    if threads:
-        import torch
-
-        torch.set_num_threads(threads)
+def _deconvolve(compute: Callable[..., Computed], volume: Volume, source: SeriesInfo, guide: Volume | None, *,
+                method: str, preset: str, **further: Any) -> Computed:
     try:
-        door = deconv.method(method)
-        return door.deconvolve(volume, door.settings(preset, **overrides), guide=guide, device=device, on_step=on_step,
-                               **further)
+        return compute(volume, guide, method=method, preset=preset, **further)
     except (ValueError, ArithmeticError) as error:
         raise Refused("method", f"{method}, preset {preset}: {error}", "choose another method, preset or setting",
                       study=source.study, series=source.series) from error
 
 
-def _threads() -> int:
-    """CPU threads that torch computes with in this process; 0 where the method did without it."""
-    return sys.modules["torch"].get_num_threads() if "torch" in sys.modules else 0
+def _here(volume: Volume, guide: Volume | None, *, method: str, preset: str, overrides: dict[str, Any], device: str,
+          threads: int, on_step: OnStep | None, further: Mapping[str, Any]) -> Computed:
+    """The deconvolution in this process."""
+    import torch
+
+    if threads:
+        torch.set_num_threads(threads)
+    device = choose_device(device)
+    door = deconv.method(method)
+    result = door.deconvolve(volume, door.settings(preset, **overrides), guide=guide, device=device, on_step=on_step,
+                             **further)
+    return Computed(result, device, torch.get_num_threads(), str(torch.__version__))
 
 
-def _derivation(result: Deconvolution, source: SeriesInfo, guide: Mapping[str, Any], naming: Mapping[str, Any],
-                device: str) -> Derivation:
+def _derivation(made: Computed, source: SeriesInfo, guide: Mapping[str, Any], naming: Mapping[str, Any]) -> Derivation:
     """What the series carries. What decides the image, and what its values mean, decides the UIDs: kind of device and
     number of threads (they change the last bits), the instances of a guide that was used, Units that were assumed."""
-    settings = {**result.settings, "device": device.partition(":")[0], "threads": _threads()}
+    result = made.result
+    settings = {**result.settings, "device": made.device.partition(":")[0], "threads": made.threads}
     if not source.first.get("Units"):
         settings["assumed_units"] = source.source_units
     if guide["used"]:
@@ -296,9 +307,16 @@ def _work_off(order: Mapping[str, Any], folder: Path, reporter: _Reporter) -> No
         folder / "derived.tmp", method=order["method"], preset=order["preset"], overrides=order["settings"],
         device=order["device"], threads=order["threads"], naming=order["derivation"],
         guide_required=order["guide_required"], now=datetime.fromtimestamp(order["now"], UTC).astimezone(),
-        on_step=reporter.step, checkpoints=Path(order["checkpoints"]),
+        on_step=reporter.step, checkpoints=Path(order["checkpoints"]), cluster=_cluster(order),
     )
     reporter.line(kind="built", report=outcome.report)
+
+
+def _cluster(order: Mapping[str, Any]) -> Callable[..., Computed] | None:
+    """Where the deconvolution runs, if not here. The task's name is drawn: it tells nothing and never repeats."""
+    if not order.get("dask_scheduler"):
+        return None
+    return partial(deconvolve_on_cluster, order["dask_scheduler"], key=f"dicomnode-{uuid4().hex}")
 
 
 def _tell_settings(method: str, preset: str, overrides: str) -> int:
@@ -328,6 +346,8 @@ def main(arguments: Sequence[str]) -> int:
                       report=refusal.report)
     except Refused as refusal:
         reporter.line(kind="refused", code=refusal.code, reason=refusal.reason, remedy=refusal.remedy)
+    except (ClusterUnavailable, WorkerLost) as trouble:
+        reporter.line(kind="lost", code=trouble.code, reason=str(trouble))
     except Exception as error:
         traceback.print_exc()
         reporter.line(kind="failed", reason=f"{type(error).__name__}: {error}"[:500])

@@ -21,6 +21,7 @@ import deconv
 from deconv import Cancelled, Progress
 from dicomnode import pipeline
 from dicomnode.pipeline import KERNEL_FILE, Failing, Outcome, choose_device, process
+from dicomnode.remote import Computed
 from sop.errors import Refused
 from sop.read import read_series
 from tests.factories import ct_series, pet_series
@@ -157,7 +158,7 @@ def test_the_instances_of_a_guide_that_was_used_decide_the_uids(tmp_path: Path) 
 
     def recipe(digest: str, used: bool) -> str:
         guide = {"used": used, "series_uid": "1.2.3", "instances_sha256": digest}
-        return pipeline._derivation(guided, source, guide, NAMING, "cpu").canonical()
+        return pipeline._derivation(Computed(guided, "cpu", 1, ""), source, guide, NAMING).canonical()
 
     assert recipe("a", True) != recipe("b", True) != recipe("a", False)
     assert recipe("a", False) == recipe("b", False)
@@ -168,17 +169,24 @@ def test_what_changes_the_last_bits_decides_the_uids(tmp_path: Path) -> None:
     result = run(tmp_path, blurred_pet()).result
     source, unguided = read_series(blurred_pet())[1], {"used": False, "series_uid": None}
 
-    def recipe(device: str) -> str:
-        return pipeline._derivation(result, source, unguided, NAMING, device).canonical()
+    def recipe(device: str, threads: int = 1) -> str:
+        return pipeline._derivation(Computed(result, device, threads, ""), source, unguided, NAMING).canonical()
 
     assert recipe("cpu") != recipe("cuda")
     assert recipe("cuda:0") == recipe("cuda:1")
-    before, threads = recipe("cpu"), torch.get_num_threads()
+    assert recipe("cpu", threads=2) != recipe("cpu")
+
+
+def test_the_threads_that_computed_are_those_of_the_recipe(tmp_path: Path) -> None:
+    """What the library computes with is asked after it was told, not before."""
+    volume, _ = read_series(blurred_pet())
+    before = torch.get_num_threads()
     try:
-        torch.set_num_threads(threads + 1)
-        assert recipe("cpu") != before
+        made = pipeline._here(volume, None, method="cubic", preset="default", overrides={}, device="cpu",
+                              threads=before + 1, on_step=None, further={})
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
+    assert made.threads == before + 1
 
 
 def test_units_that_were_assumed_decide_the_uids(tmp_path: Path) -> None:
