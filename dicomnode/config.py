@@ -64,7 +64,12 @@ class Config(Section):
             if route.source is not None and not (route.source in peers and peers[route.source].query):
                 raise ValueError(f"route {route.name!r} has source {route.source!r}; no [[peer]] with query = true "
                                  "has that name")
+        if self.tls.plain and self.tls.port == self.node.port:
+            raise ValueError("tls.port is node.port: TLS needs a port of its own, or tls.plain = false")
         for peer in self.peer:
+            peer._node_tls = self.tls
+            if peer.tls and not (self.tls.ca or peer.tls_ca or peer.certificate_sha256):
+                raise ValueError(f"peer {peer.name!r} has tls = true: set tls.ca, its tls_ca or certificate_sha256")
             if (peer.query or peer.confirm != "store") and peer.port is None:
                 raise ValueError(f"peer {peer.name!r} is to be asked (query, confirm) and has no port")
         if self.schedule.retrieve_at is not None and not any(peer.query for peer in self.peer):

@@ -21,6 +21,7 @@ from pynetdicom.association import Association
 from pynetdicom.presentation import PresentationContext
 from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]
 
+from dicomnode import tls
 from dicomnode.config import Peer
 from dicomnode.errors import PeerUnreachable
 
@@ -157,10 +158,12 @@ def open_association(
     ext_neg       extended negotiation items: roles, user identity (PS3.7 Annex D.3.3).
     max_pdu       bytes of the largest PDU that we take.
 
-    Raises PeerUnreachable with the reason and the remedy; give the association back to `leave`.
+    With peer.tls over TLS, and never without. Raises PeerUnreachable with the reason and the remedy, ConfigError where
+    our own certificate cannot be used; give the association back to `leave`.
     """
     if peer.port is None:
         raise PeerUnreachable(f"peer {peer.name} has no port. Remedy: set peer.port in the configuration.")
+    secure = tls.client_context(peer.node_tls, peer) if peer.tls else None
     ae = AE(ae_title=calling_ae)
     ae.connection_timeout = connect_timeout_s
     ae.acse_timeout = max(connect_timeout_s, 1)
@@ -168,9 +171,13 @@ def open_association(
     ae.network_timeout = dimse_timeout_s
     association = ae.associate(
         peer.host, peer.port, contexts=contexts, ae_title=peer.ae_title, max_pdu=max_pdu, ext_neg=list(ext_neg) or None,
-        evt_handlers=[(evt.EVT_CONN_OPEN, set_nodelay), *evt_handlers])
+        evt_handlers=[(evt.EVT_CONN_OPEN, set_nodelay), *evt_handlers],
+        tls_args=None if secure is None else (secure, peer.host))
     if association.is_established:
         return association
+    if secure is not None and secure.failure:
+        raise PeerUnreachable(f"{named(peer)}: no TLS connection comes about: {secure.failure}. Remedy: check tls.ca, "
+                              "peer.tls_ca, peer.certificate_sha256, and that it listens for TLS on this port.")
     if association.is_rejected and association.acceptor.primitive is not None:
         answer = association.acceptor.primitive
         raise PeerUnreachable(f"{named(peer)} rejects the association: {answer.reason_str} ({answer.result_str}). "
@@ -179,7 +186,9 @@ def open_association(
         shown = ", ".join(sorted({UID(str(context.abstract_syntax)).name for context in contexts}))
         raise PeerUnreachable(f"{named(peer)} accepts no presentation context for {shown}. "
                               "Remedy: let it accept this SOP class of us.")
-    raise PeerUnreachable(f"{named(peer)} does not answer. Remedy: check host, port and firewall; is it running?")
+    asked = "" if secure is None else ", or does not accept our certificate (tls.certificate)"
+    raise PeerUnreachable(f"{named(peer)} does not answer{asked}. "
+                          "Remedy: check host, port and firewall; is it running?")
 
 
 def leave(association: Association) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, StringConstraints, field_validator, model_validator
 
 __all__ = [
     "Alerts", "Completeness", "Delivery", "Derived", "Node", "Peer", "Reception", "Retention", "Route", "Schedule",
@@ -203,6 +203,18 @@ class Peer(Section):
     certificate_sha256: tuple[Annotated[str, StringConstraints(pattern=r"^[0-9a-fA-F]{64}$")], ...] = ()
     stow_url: str | None = None
     stow_token_file: Path | None = None
+    _node_tls: Tls = PrivateAttr(default_factory=Tls)
+
+    @property
+    def node_tls(self) -> Tls:
+        """Our own certificate and authorities, for associations with this peer; Config puts them here."""
+        return self._node_tls
+
+    @model_validator(mode="after")
+    def _tls_means_only(self) -> Peer:
+        if self.certificate_sha256 and not self.tls:
+            raise ValueError("certificate_sha256 needs tls = true: it could come without any certificate otherwise")
+        return self
 
     @field_validator("addresses")
     @classmethod

@@ -23,7 +23,7 @@ from dicomnode.secretfiles import read_secret, require_private
 from dicomnode.sections import Peer, Tls
 
 __all__ = ["Authorities", "PeerContext", "ServerTls", "Session", "certificate_days_left", "certificate_files",
-           "client_context", "fingerprint", "reason_of", "session_of"]
+           "client_context", "fingerprint", "reason_of", "require_usable", "session_of"]
 
 #: RFC 9325 section 4.2; those of TLS 1.3 are all three of RFC 8446 that OpenSSL offers.
 TLS12_SUITES = ("ECDHE-ECDSA-AES256-GCM-SHA384", "ECDHE-RSA-AES256-GCM-SHA384",
@@ -263,6 +263,17 @@ def certificate_days_left(path: Path, *, now: float) -> float:
     ends = [x509.load_der_x509_certificate(der).not_valid_after_utc.timestamp()
             for der in _certificates(path, "the certificate")]
     return (min(ends) - now) / 86400
+
+
+def require_usable(tls: Tls, peers: Sequence[Peer]) -> None:
+    """Read every file that the configuration names. Raises ConfigError with the first that cannot be used."""
+    if tls.port is not None:
+        ServerTls(tls, peers)
+    elif tls.certificate is not None:
+        _load_own(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), tls)
+    for peer in peers:
+        if peer.tls:
+            client_context(tls, peer)
 
 
 def certificate_files(tls: Tls, peers: Sequence[Peer]) -> dict[str, Path]:
