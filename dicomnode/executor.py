@@ -53,16 +53,25 @@ log = get_logger(__name__)
 class Executor:
     """Runs one job at a time.
 
-    device  what it is called in the ledger and in its name; None: work.device.
-    runner  works the orders off; None: a child process on that device.
+    device     what it is called in the ledger; None: work.device.   name  None: host:pid:device.
+    runner     works the orders off; None: a child process on that device.
+    may_start  whether jobs of the route with that name may start now; None: always.
+    beat       called again and again while it gets on, also while a job runs.
     """
 
-    def __init__(self, config: Config, ledger: Ledger, spool: Spool, *, device: str | None = None,
-                 runner: Runner | None = None, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, config: Config, ledger: Ledger, spool: Spool, *, device: str | None = None, name: str = "",
+                 runner: Runner | None = None, may_start: Callable[[str], bool] | None = None,
+                 beat: Callable[[], None] = lambda: None, clock: Callable[[], float] = time.time) -> None:
         self._config, self._ledger, self._spool, self._clock = config, ledger, spool, clock
+        self._may_start, self._beat = may_start, beat
         self.device = device or config.work.device
-        self.name = f"{os.uname().nodename}:{os.getpid()}:{self.device}"
+        self.name = name or f"{os.uname().nodename}:{os.getpid()}:{self.device}"
+        self.job_id: int | None = None
         self._runner = runner or ChildRunner(self.device, config.work.threads)
+
+    def reconfigure(self, config: Config, *, runner: Runner, may_start: Callable[[str], bool] | None) -> None:
+        """For the jobs to come; one that runs goes on as it was started."""
+        self._config, self._runner, self._may_start = config, runner, may_start
 
     def recover(self) -> int:
         """At start, when no other worker can be alive: what is still `running` was lost with the last one; how many.
@@ -80,11 +89,13 @@ class Executor:
                                  reason="the worker ended while the job ran", attempts=max(0, job["attempts"] - 1))
         return len(lost)
 
-    def run(self, stop: threading.Event) -> None:
-        """Claim and run jobs until `stop` is set."""
-        while not stop.is_set():
+    def run(self, stop: threading.Event, retire: threading.Event | None = None) -> None:
+        """Claim and run jobs until `stop` is set, which puts a running job back, or `retire`, which lets it end."""
+        while not (stop.is_set() or (retire is not None and retire.is_set())):
+            self._beat()
             try:
-                job = self._ledger.claim(self.name, now=self._clock(), lease_s=self._config.work.lease_s)
+                job = self._ledger.claim(self.name, now=self._clock(), lease_s=self._config.work.lease_s,
+                                         may_start=self._may_start)
             except sqlite3.OperationalError as error:  # disk full, or locked for long: no reason to end the worker
                 log.error("no job can be claimed, the ledger cannot be written", action="claim_failed",
                           error=str(error), again_s=LEDGER_WAIT_S)
@@ -92,11 +103,17 @@ class Executor:
                 continue
             if job is None:
                 stop.wait(0.5)
-            else:
+                continue
+            self.job_id = job["id"]
+            try:
                 self.run_job(job, stop)
+            finally:
+                self.job_id = None
 
     def run_job(self, job: dict[str, Any], stop: threading.Event) -> None:
         """Run one claimed job to its next state."""
+        with self._ledger.transaction() as db:
+            db.execute("UPDATE job SET device = ? WHERE id = ?", (self.device, job["id"]))
         if self._adopt(job):
             return
         if job["attempts"] > self._config.work.attempts:
@@ -194,6 +211,7 @@ class Executor:
         progress: dict[str, Any] | None = None
         stage = written = ""
         while True:
+            self._beat()
             for message in running.read(POLL_S):
                 if message["kind"] != "progress":
                     return message
@@ -227,7 +245,7 @@ class Executor:
         elif kind in ("failed", "hung"):
             self._failed(job, outcome["reason"])
         elif kind == "lost":
-            self._again(job, outcome["reason"])
+            self._again(job, outcome["reason"], code=outcome.get("code", "runner-lost"))
         elif kind == "stopped":
             self._ledger.set_job(job["id"], "queued", now=self._clock(), code="stopped", progress=None,
                                  reason="the worker was stopped", attempts=max(0, job["attempts"] - 1))
@@ -238,6 +256,7 @@ class Executor:
         report = {**report, "identity": job["identity"]}
         (written / REPORT_FILE).write_text(json.dumps(report, indent=1), encoding="utf-8")
         for path in written.iterdir():
+            self._beat()
             _fsync_file(path)
         fsync_dir(written)
         target = self._spool.data_dir / "derived" / str(job["id"])
@@ -276,10 +295,10 @@ class Executor:
         self._ledger.set_job(job_id, "held", now=self._clock(), code=code, reason=reason, **columns)
         log.warning("job held", action="job_held", job=job_id, code=code, reason=reason)
 
-    def _again(self, job: dict[str, Any], reason: str) -> None:
+    def _again(self, job: dict[str, Any], reason: str, *, code: str) -> None:
         """What ran the job is gone: queued again after retry_s, the attempt not counted."""
         now = self._clock()
-        self._ledger.set_job(job["id"], "queued", now=now, code="runner-lost", reason=reason, progress=None,
+        self._ledger.set_job(job["id"], "queued", now=now, code=code, reason=reason, progress=None,
                              run_after=now + self._config.work.retry_s, attempts=max(0, job["attempts"] - 1))
 
     def _failed(self, job: dict[str, Any], reason: str) -> None:

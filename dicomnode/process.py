@@ -2,6 +2,7 @@
 
     tie_to_parent   the kernel kills us when the parent dies, however it dies (prctl(2), PR_SET_PDEATHSIG)
     stop_on_signals SIGTERM and SIGINT set an event
+    on_hangup       SIGHUP calls a function
     notify          one line to systemd's socket (sd_notify(3)): READY=1, WATCHDOG=1, STOPPING=1
     end             SIGTERM to a process group, then SIGKILL
     Pulse           which threads of this process have shown that they get on, and which are late
@@ -19,7 +20,8 @@ import time
 from collections.abc import Callable
 from types import FrameType
 
-__all__ = ["PARENT_VARIABLE", "Pulse", "end", "notify", "stop_on_signals", "tie_to_parent", "watchdog_interval_s"]
+__all__ = ["PARENT_VARIABLE", "Pulse", "end", "notify", "on_hangup", "stop_on_signals", "tie_to_parent",
+           "watchdog_interval_s"]
 
 PARENT_VARIABLE = "DICOMNODE_PARENT"  # process id of the supervisor, handed to its children
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
@@ -49,6 +51,14 @@ def stop_on_signals() -> threading.Event:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, set_stop)
     return stop
+
+
+def on_hangup(call: Callable[[], None]) -> None:
+    """Have SIGHUP call `call`, which must do no more than set a flag. To be called in the main thread."""
+    def called(_number: int, _frame: FrameType | None) -> None:
+        call()
+
+    signal.signal(signal.SIGHUP, called)
 
 
 def notify(state: str) -> bool:

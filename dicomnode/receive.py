@@ -13,15 +13,21 @@ from dicomnode.config import Config
 from dicomnode.errors import NodeError
 from dicomnode.ledger import Ledger
 from dicomnode.logs import configure, get_logger
+from dicomnode.process import Pulse
+from dicomnode.reload import Reloader
 from dicomnode.scp import Receiver
 from dicomnode.spool import Spool
 
 __all__ = ["run"]
 
+POLL_S = 0.5
 
-def run(config: Config, *, stop: threading.Event, ready: Callable[[], None]) -> None:
+
+def run(config: Config, *, stop: threading.Event, ready: Callable[[], None], pulse: Pulse | None = None,
+        reloader: Reloader | None = None) -> None:
     """Receive until `stop` is set; `ready` is called once associations are accepted.
 
+    pulse     shows which thread hangs.   reloader  tells of a new configuration.
     Raises LedgerCorrupt where the ledger is damaged, NodeError where another receiver uses the data directory, OSError
     where directory or address cannot be used.
     """
@@ -38,7 +44,11 @@ def run(config: Config, *, stop: threading.Event, ready: Callable[[], None]) -> 
                  f"{swept} unfinished files were removed.", action="receiver_started", port=node.port, swept=swept)
         try:
             ready()
-            stop.wait()
+            while not stop.wait(POLL_S):
+                fresh = None if reloader is None else reloader.take(ledger, now=time.time())
+                if fresh is not None:
+                    configure(fresh.node)
+                    receiver.reconfigure(fresh)
         finally:
             receiver.stop()
             log.info("The receiver has stopped.", action="receiver_stopped")

@@ -1,14 +1,18 @@
 """The whole node in the foreground: a supervisor with the receiver and the worker as child processes.
 
 Prints exactly one line, `ready`, on standard output, when the receiver accepts associations and the worker runs. A
-child that ends is started again after a moment, a longer one when it never was ready. SIGTERM ends both cleanly; when
-the supervisor itself is killed the kernel kills them, so that a new one finds port and data directory free.
+child that ends is started again after a moment, a longer one when it never was ready. Each says again and again that
+all its threads get on (process.Pulse); one that does not say so any more is ended and started again. Where systemd
+watches, it is told the same (WATCHDOG=1). SIGTERM ends both cleanly, SIGHUP is passed on to them (reload.py); when the
+supervisor itself is killed the kernel kills them, so that a new one finds port and data directory free.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import selectors
+import signal
 import subprocess
 import sys
 import threading
@@ -18,15 +22,30 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from dicomnode.config import Config
+from dicomnode.config import Config, load
 from dicomnode.errors import NodeError
 from dicomnode.logs import configure, get_logger
-from dicomnode.process import PARENT_VARIABLE, end, notify, stop_on_signals, tie_to_parent, watchdog_interval_s
+from dicomnode.process import (
+    PARENT_VARIABLE,
+    Pulse,
+    end,
+    notify,
+    on_hangup,
+    stop_on_signals,
+    tie_to_parent,
+    watchdog_interval_s,
+)
+from dicomnode.reload import Reloader
 
 __all__ = ["PARTS", "Part", "foreground", "run"]
 
 PARTS = ("receive", "work")
 READY = "ready"
+ALIVE = "alive"
+ALIVE_VARIABLE = "DICOMNODE_ALIVE"  # set for the children: they are to print `alive`
+ALIVE_S = 5.0  # so often
+#: A part that does not say for so long that it is alive is ended. The first time may take longer: libraries are loaded.
+SILENT_S, FIRST_SILENT_S = 60.0, 300.0
 POLL_S = 0.2
 # Before a part that ended is started again. Long waits would keep scanners waiting; these keep a part that fails at
 # once from taking the processor.
@@ -40,29 +59,34 @@ log = get_logger(__name__)
 class Part(Protocol):
     """receive.run or work.run: works until `stop` is set, calls `ready` once."""
 
-    def __call__(self, config: Config, *, stop: threading.Event, ready: Callable[[], None]) -> None: ...
+    def __call__(self, config: Config, *, stop: threading.Event, ready: Callable[[], None], pulse: Pulse,
+                 reloader: Reloader) -> None: ...
 
 
-def foreground(part: Part, config: Config) -> None:
+def foreground(name: str, part: Part, config_path: Path) -> None:
     """Run one part in this process until SIGTERM or SIGINT; prints `ready` and tells the service manager.
 
-    Must be called in the main thread. Raises what the part raises.
+    Must be called in the main thread. Raises ConfigError, and what the part raises.
     """
     tie_to_parent()
-    stop = stop_on_signals()
+    stop, pulse = stop_on_signals(), Pulse()
+    config = load(config_path)
+    reloader = Reloader(config_path, config, part=name)
+    on_hangup(reloader.ask)
     configure(config.node)
-    with _Watchdog():
-        part(config, stop=stop, ready=_say_ready)
+    with _Watchdog(pulse, alive=bool(os.environ.get(ALIVE_VARIABLE))):
+        part(config, stop=stop, ready=_say_ready, pulse=pulse, reloader=reloader)
         notify("STOPPING=1")
 
 
 def run(config_path: Path, config: Config) -> None:
     """Run the whole node until SIGTERM or SIGINT. Raises NodeError where a part cannot be started at all."""
     tie_to_parent()
-    stop = stop_on_signals()
+    stop, pulse = stop_on_signals(), Pulse()
     configure(config.node)
-    supervisor = _Supervisor([_Child(name, config_path) for name in PARTS])
-    with _Watchdog():
+    supervisor = _Supervisor([_Child(name, config_path) for name in PARTS], pulse)
+    on_hangup(supervisor.reload)
+    with _Watchdog(pulse):
         try:
             supervisor.watch(stop)
         finally:
@@ -86,14 +110,18 @@ class _Child:
     starts: int = 0
     wait_s: float = FIRST_WAIT_S
     start_at: float = 0.0
+    silent_at: float = 0.0  # when it has been silent for too long
+    reload: bool = False  # SIGHUP is to be passed on
+    ender: threading.Thread | None = None
     _line: bytes = field(default=b"")
 
     def start(self) -> None:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "dicomnode", self.name, "--config", str(self.config_path)],
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True,
-            env={**os.environ, PARENT_VARIABLE: str(os.getpid()), "NOTIFY_SOCKET": ""},
+            env={**os.environ, PARENT_VARIABLE: str(os.getpid()), ALIVE_VARIABLE: "1", "NOTIFY_SOCKET": ""},
         )
+        self.silent_at, self.ender, self.reload = time.monotonic() + FIRST_SILENT_S, None, False
         self.ready, self._line, self.starts = False, b"", self.starts + 1
         log.info(f"{self.name} started", action="child_started", part=self.name, process=self.process.pid)
 
@@ -103,10 +131,25 @@ class _Child:
         chunk = os.read(self.process.stdout.fileno(), 4096)
         *lines, self._line = (self._line + chunk).split(b"\n")
         for line in lines:
-            if line.decode(errors="replace").strip() == READY:
+            word = line.decode(errors="replace").strip()
+            if word == READY:
                 self.ready = True
+            if word in (READY, ALIVE):
+                self.silent_at = time.monotonic() + SILENT_S
             else:
                 sys.stderr.buffer.write(line + b"\n")
+
+    def look(self, now: float) -> None:
+        """End it where it was silent for too long; pass SIGHUP on once it can take it (before, it would end of it)."""
+        assert self.process is not None
+        if now > self.silent_at and self.ender is None:
+            log.error(f"{self.name} hangs: it is ended and started again", action="child_hangs", part=self.name,
+                      process=self.process.pid)
+            self.ender = threading.Thread(target=end, args=(self.process,), kwargs={"grace_s": CHILD_GRACE_S})
+            self.ender.start()
+        if self.reload and self.ready:
+            self.reload = False
+            self.process.send_signal(signal.SIGHUP)
 
     def reap(self, now: float) -> None:
         """Note the end of the process and when the next one may start."""
@@ -122,19 +165,28 @@ class _Child:
 
 
 class _Supervisor:
-    def __init__(self, children: list[_Child]) -> None:
-        self._children = children
+    def __init__(self, children: list[_Child], pulse: Pulse) -> None:
+        self._children, self._pulse = children, pulse
         self._was_ready = False
+
+    def reload(self) -> None:
+        """Have the children read the configuration again."""
+        for child in self._children:
+            child.reload = True
 
     def watch(self, stop: threading.Event) -> None:
         """Keep the children running until `stop` is set."""
+        self._pulse.expect("supervisor", SILENT_S)
         while not stop.is_set():
+            self._pulse.beat("supervisor")
             now = time.monotonic()
             for child in self._children:
                 if child.process is not None and child.process.poll() is not None:
                     child.reap(now)
                 if child.process is None and now >= child.start_at:
                     self._start(child)
+                if child.process is not None:
+                    child.look(now)
             self._listen()
             if not self._was_ready and all(child.ready for child in self._children):
                 self._was_ready = True
@@ -166,19 +218,37 @@ class _Supervisor:
 
 
 class _Watchdog:
-    """Tells systemd that we live, where it asks to be told (WatchdogSec=)."""
+    """Tells whoever watches us that we live, as long as all threads get on: systemd where WatchdogSec= asks for it, and
+    with `alive` the supervisor, by a line on standard output."""
 
-    def __init__(self) -> None:
+    def __init__(self, pulse: Pulse, *, alive: bool = False) -> None:
+        self._pulse, self._alive = pulse, alive
         self._over = threading.Event()
+        self._silent: frozenset[str] = frozenset()
 
     def __enter__(self) -> None:
-        interval_s = watchdog_interval_s()
-        if interval_s is not None:
-            threading.Thread(target=self._tell, args=(interval_s,), name="watchdog", daemon=True).start()
+        waits = [wait for wait in (watchdog_interval_s(), ALIVE_S if self._alive else None) if wait is not None]
+        if waits:
+            threading.Thread(target=self._watch, args=(min(waits),), name="watchdog", daemon=True).start()
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
 
-    def _tell(self, interval_s: float) -> None:
-        while not self._over.wait(interval_s):
-            notify("WATCHDOG=1")
+    def _watch(self, interval_s: float) -> None:
+        while True:
+            self._tell()
+            if self._over.wait(interval_s):
+                return
+
+    def _tell(self) -> None:
+        late = self._pulse.late()
+        for name in late.keys() - self._silent:
+            log.error(f"{name} does not get on: this process asks to be started again", action="thread_hangs",
+                      thread=name, silent_s=round(late[name]))
+        self._silent = frozenset(late)
+        if late:
+            return
+        notify("WATCHDOG=1")
+        if self._alive:
+            with contextlib.suppress(OSError):  # the supervisor is gone, and the kernel is about to end us
+                os.write(1, f"{ALIVE}\n".encode())

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import fcntl
+import functools
+import os
+import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-from dicomnode import schedule
+from dicomnode import logs, schedule, workers
 from dicomnode.config import Config
 from dicomnode.delivery import Deliverer
 from dicomnode.errors import NodeError
@@ -17,50 +21,223 @@ from dicomnode.executor import LONGEST_WAIT_S, Executor
 from dicomnode.ledger import Ledger
 from dicomnode.logs import get_logger
 from dicomnode.matcher import Matcher
+from dicomnode.process import Pulse
+from dicomnode.reload import Reloader
+from dicomnode.runner import ChildRunner
 from dicomnode.spool import Spool
 
 __all__ = ["run"]
 
 LOCK_WAIT_S = 10.0  # an earlier worker that is just ending
 CLOSE_S = 4.0
+#: A tick or an executor that did not get on for so long hangs. Far beyond what a slow disk or a locked ledger takes.
+HANG_S = 900.0
+#: Ticks that never last long. Others may: a retrieval fetches for hours.
+SHORT_TICKS = ("matcher", "deliveries")
 
 log = get_logger(__name__)
 
 
-def run(config: Config, *, stop: threading.Event, ready: Callable[[], None]) -> None:
+def run(config: Config, *, stop: threading.Event, ready: Callable[[], None], pulse: Pulse | None = None,
+        reloader: Reloader | None = None) -> None:
     """Work until `stop` is set; `ready` is called once when everything runs.
 
-    Raises NodeError where another worker has the data directory, LedgerCorrupt, and what ended the executor.
+    pulse     shows which thread hangs.   reloader  tells of a new configuration.
+    Raises NodeError where another worker has the data directory, LedgerCorrupt, and what ended an executor.
     """
     spool = Spool(config.node.data_dir)
     with _alone(spool.data_dir / "work.lock", stop), Ledger(spool.ledger_path) as ledger:
-        executor = Executor(config, ledger, spool)
-        lost = executor.recover()
-        if lost:
-            log.warning("jobs were running when the last worker ended", action="recovered", jobs=lost)
-        deliverer = Deliverer(config, ledger, spool)
-        matcher = Matcher(config, ledger, spool)
-        runner = _Runner(executor, stop)
-        scheduler = schedule.build({
-            "matcher": (matcher.tick, schedule.MATCH_S),
-            "deliveries": (deliverer.tick, schedule.DELIVER_S),
-            "housekeeping": (lambda: _tidy(config, ledger, spool, now=time.time()), schedule.TIDY_S),
-        }, once=matcher.prepare)
-        runner.start()
-        scheduler.start()
+        for name in workers.clear(ledger, now=time.time()):
+            log.warning(f"worker {name} had ended without saying so", action="worker_gone")
+        pulse = pulse or Pulse()
+        crew = _Crew(config, ledger, spool, stop, pulse)
+        rounds = _Rounds(config, ledger, spool, pulse)
+        crew.start()
+        rounds.start()
         log.info("worker runs", action="worker_ready", data_dir=str(spool.data_dir))
         ready()
         try:
-            while not stop.wait(0.5) and runner.is_alive():
-                pass
+            while not stop.wait(0.5) and crew.tend():
+                fresh = None if reloader is None else reloader.take(ledger, now=time.time())
+                if fresh is not None:
+                    logs.configure(fresh.node)
+                    crew.reconfigure(fresh)
+                    rounds.reconfigure(fresh)
         finally:
             stop.set()
-            scheduler.shutdown(wait=True)
-            deliverer.close(CLOSE_S)
-            runner.join()
-        if runner.error is not None:
-            raise runner.error
+            rounds.end()
+            crew.end()
+        if crew.error is not None:
+            raise crew.error
         log.info("worker ends", action="worker_stopped")
+
+
+# --- the ticks
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What works by the clock under one configuration. The names are the same whatever it says."""
+
+    ticks: Mapping[str, tuple[Callable[[], object], float]]  # name -> (call, every so many seconds)
+    once: Callable[[], object]
+    close: Callable[[], None]  # stops what outlives a tick
+
+
+def _parts(config: Config, ledger: Ledger, spool: Spool) -> _Parts:
+    deliverer = Deliverer(config, ledger, spool)
+    matcher = Matcher(config, ledger, spool)
+    return _Parts({
+        "matcher": (matcher.tick, schedule.MATCH_S),
+        "deliveries": (deliverer.tick, schedule.DELIVER_S),
+        "housekeeping": (lambda: _tidy(config, ledger, spool, now=time.time()), schedule.TIDY_S),
+    }, once=matcher.prepare, close=lambda: deliverer.close(CLOSE_S))
+
+
+class _Rounds:
+    """The scheduler, whose ticks always call the parts of the configuration in force."""
+
+    def __init__(self, config: Config, ledger: Ledger, spool: Spool, pulse: Pulse) -> None:
+        self._ledger, self._spool, self._pulse = ledger, spool, pulse
+        self._parts = _parts(config, ledger, spool)
+        self._scheduler = schedule.build({name: (functools.partial(self._tick, name), seconds)
+                                          for name, (_, seconds) in self._parts.ticks.items()},
+                                         once=self._parts.once)
+
+    def _tick(self, name: str) -> None:
+        self._pulse.beat(name)
+        try:
+            self._parts.ticks[name][0]()
+        finally:
+            self._pulse.beat(name)
+
+    def start(self) -> None:
+        for name in SHORT_TICKS:
+            self._pulse.expect(name, HANG_S)
+        self._scheduler.start()
+
+    def reconfigure(self, config: Config) -> None:
+        """A tick that runs ends as it began; the next one works by the new configuration."""
+        fresh = _parts(config, self._ledger, self._spool)
+        self._parts.close()  # an instance on its way is finished; the rest of the series is sent by the new part
+        self._parts = fresh
+        self._scheduler.add_job(fresh.once, id="prepare", replace_existing=True)
+
+    def end(self) -> None:
+        for name in SHORT_TICKS:
+            self._pulse.forget(name)
+        self._scheduler.shutdown(wait=True)
+        self._parts.close()
+
+
+# --- the executors
+
+
+class _Crew:
+    """The executors, one thread and one row of table worker each, and the thread that writes their heartbeats."""
+
+    def __init__(self, config: Config, ledger: Ledger, spool: Spool, stop: threading.Event, pulse: Pulse) -> None:
+        self._config, self._ledger, self._spool, self._stop, self._pulse = config, ledger, spool, stop, pulse
+        self._workers: dict[str, _Worker] = {}
+        self._over = threading.Event()
+        self._heart = threading.Thread(target=self._beat, name="heart", daemon=True)
+        self.error: BaseException | None = None
+
+    def start(self) -> None:
+        lost = Executor(self._config, self._ledger, self._spool).recover()
+        if lost:
+            log.warning("jobs were running when the last worker ended", action="recovered", jobs=lost)
+        self.tend()
+        self._heart.start()
+
+    def tend(self) -> bool:
+        """Start the workers that are wanted and missing, forget those that have retired; False where one failed."""
+        for name, worker in list(self._workers.items()):
+            if not worker.is_alive():
+                self.error = self.error or worker.error
+                self._forget(name)
+        if self.error is None:
+            for name, device in _devices(self._config).items():
+                if name not in self._workers:
+                    self._hire(name, device)
+        return self.error is None
+
+    def reconfigure(self, config: Config) -> None:
+        """Jobs that run go on as they were started; a device that is no longer named is left after its job."""
+        self._config = config
+        wanted = _devices(config)
+        for name, worker in self._workers.items():
+            if name in wanted:
+                worker.executor.reconfigure(config, runner=_runner(config, wanted[name]), may_start=None)
+                worker.retire.clear()
+            else:
+                worker.retire.set()
+
+    def end(self) -> None:
+        """`stop` is set: running jobs are put back."""
+        for worker in self._workers.values():
+            worker.join()
+            self.error = self.error or worker.error
+        self._over.set()
+        if self._heart.ident is not None:
+            self._heart.join()
+        for name in list(self._workers):
+            self._forget(name)
+
+    def _hire(self, name: str, device: str) -> None:
+        executor = Executor(self._config, self._ledger, self._spool, device=device, name=name,
+                            runner=_runner(self._config, device), beat=functools.partial(self._pulse.beat, name))
+        workers.enter(self._ledger, name, device=device, now=time.time())
+        self._pulse.expect(name, HANG_S)
+        self._workers[name] = _Worker(executor, self._stop)
+        self._workers[name].start()
+
+    def _forget(self, name: str) -> None:
+        del self._workers[name]
+        self._pulse.forget(name)
+        workers.leave(self._ledger, name, now=time.time())
+
+    def _beat(self) -> None:
+        """Write how long ago each worker got on: one that hangs grows stale although this thread lives."""
+        while not self._over.wait(self._config.work.heartbeat_s):
+            now = time.time()
+            try:
+                workers.beat(self._ledger, [
+                    workers.Beat(name, now - self._pulse.silent_s(name), worker.executor.job_id)
+                    for name, worker in list(self._workers.items())])
+            except sqlite3.Error as error:  # disk full, or locked for long: the next beat will tell
+                log.warning("no heartbeat could be written", action="heartbeat_failed", error=str(error))
+
+
+def _devices(config: Config) -> dict[str, str]:
+    """Worker's name -> its device, one job at a time on each."""
+    devices = list(config.work.devices) or [config.work.device]
+    return dict(zip(workers.worker_names(devices), devices, strict=True))
+
+
+def _runner(config: Config, device: str) -> ChildRunner:
+    """Several devices share the processor's cores, unless the configuration says how many threads a job takes."""
+    threads, count = config.work.threads, len(config.work.devices)
+    if not threads and count > 1:
+        threads = max(1, (os.cpu_count() or 1) // count)
+    return ChildRunner(device, threads)
+
+
+class _Worker(threading.Thread):
+    """An executor's thread. It starts the children, and they die with it: it must live as long as they do."""
+
+    def __init__(self, executor: Executor, stop: threading.Event) -> None:
+        super().__init__(name=f"executor-{executor.device}")
+        self.executor, self._stop_wanted = executor, stop
+        self.retire = threading.Event()
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            self.executor.run(self._stop_wanted, self.retire)
+        except Exception as error:
+            # Kept for the main thread, which ends the process with it: the supervisor starts a fresh worker.
+            self.error = error
 
 
 def _tidy(config: Config, ledger: Ledger, spool: Spool, *, now: float) -> None:
@@ -73,22 +250,6 @@ def _tidy(config: Config, ledger: Ledger, spool: Spool, *, now: float) -> None:
         log.warning("times ahead of the clock were set to now: was the clock set back?", action="times_mended",
                     times=mended)
     schedule.sweep_work(ledger, spool)
-
-
-class _Runner(threading.Thread):
-    """The executor's thread. It starts the children, and they die with it: it must live as long as they do."""
-
-    def __init__(self, executor: Executor, stop: threading.Event) -> None:
-        super().__init__(name="executor")
-        self._executor, self._stop_wanted = executor, stop
-        self.error: BaseException | None = None
-
-    def run(self) -> None:
-        try:
-            self._executor.run(self._stop_wanted)
-        except Exception as error:
-            # Kept for the main thread, which ends the process with it: the supervisor starts a fresh worker.
-            self.error = error
 
 
 @contextmanager

@@ -47,7 +47,7 @@ def clear(ledger: Ledger, *, now: float) -> list[str]:
         left = listing(ledger)
         for row in left:
             db.execute("DELETE FROM worker WHERE name = ?", (row["name"],))
-            ledger.event("node", now=now, from_state="worker", code="worker-lost", job_id=row["job_id"],
+            ledger.event("node", now=now, from_state="worker", code="worker-gone",
                          reason=f"worker {row['name']} ended without saying so")
     return [row["name"] for row in left]
 

@@ -24,18 +24,16 @@ def receive(config: ConfigOption = DEFAULT_CONFIG) -> None:
     """Run the receiving process alone (for systemd)."""
     from dicomnode import receive as receiver
     from dicomnode import serve as node
-    from dicomnode.config import load
 
-    node.foreground(receiver.run, load(config))
+    node.foreground("receive", receiver.run, config)
 
 
 def work(config: ConfigOption = DEFAULT_CONFIG) -> None:
     """Run the working process alone: match, deblur, deliver (for systemd)."""
     from dicomnode import serve as node
     from dicomnode import work as worker
-    from dicomnode.config import load
 
-    node.foreground(worker.run, load(config))
+    node.foreground("work", worker.run, config)
 
 
 def demo(
