@@ -2,8 +2,9 @@
 
 Order for one object: fsynced in incoming/ (the caller), moved to its place, folder fsynced, row committed, and only
 then the outcome is told. A file that has no row was never acknowledged and may be replaced; a file that has one is
-never replaced by other bytes. One process alone may keep objects in a data directory; in it, objects of one SOP
-Instance UID wait for each other.
+never replaced by other bytes. In a process, objects of one SOP Instance UID wait for each other; another process that
+keeps objects in the same data directory has its own mark in the names of its files, and the ledger decides who was
+first.
 """
 
 from __future__ import annotations
@@ -36,10 +37,13 @@ class _Arrived:
 
 
 class GroupCommitter:
-    """Owns the commit thread. `keep` may be called from many threads."""
+    """Owns the commit thread. `keep` may be called from many threads.
 
-    def __init__(self, spool: Spool, ledger: Ledger) -> None:
-        self._spool, self._ledger = spool, ledger
+    mark  of all processes but the receiver: goes into the names of the files they place in objects/.
+    """
+
+    def __init__(self, spool: Spool, ledger: Ledger, *, mark: str = "") -> None:
+        self._spool, self._ledger, self._mark = spool, ledger, mark
         self._looking = Ledger(ledger.path)  # a connection of its own: looking does not wait for a commit under way
         self._busy: set[str] = set()
         self._turn = threading.Condition()
@@ -56,6 +60,7 @@ class GroupCommitter:
             known = self._looking.known(row.sop_instance_uid)
             if known is None:
                 target, expected = self._spool.object_path(row.study_uid, row.series_uid, row.sop_instance_uid), "new"
+                target = target.with_suffix(f".{self._mark}.dcm") if self._mark else target
             elif known["sha256"] == row.sha256:
                 self._restore(written, known)
                 return "repeat"
@@ -65,10 +70,22 @@ class GroupCommitter:
             arrived = _Arrived(replace(row, path=self._spool.relative(target)))
             self._queue.put(arrived)
             kept = arrived.outcome.result(timeout_s)
-            if kept != expected:
+            if kept != expected and not self._was_second(arrived.row, kept):
                 raise NodeError(f"instance {row.sop_instance_uid} was entered by another process at the same moment. "
                                 "Remedy: let one receiver alone use the data directory.")
             return kept
+
+    def _was_second(self, row: InstanceRow, kept: Kept) -> bool:
+        """Whether another process entered the instance at the same moment, under a file of its own: no harm is done.
+
+        The same bytes are there twice, and ours go; other bytes stay where they are, as the conflict row says.
+        """
+        first = self._looking.known(row.sop_instance_uid)
+        if first is None or first["path"] == row.path:
+            return False
+        if kept == "repeat":
+            self._spool.absolute(row.path).unlink(missing_ok=True)
+        return True
 
     def close(self) -> None:
         """Commit what waits, then end the thread."""

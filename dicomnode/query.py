@@ -280,7 +280,8 @@ def _talk(association: Association, peer: Peer, what: str,
         for status, answer in start():
             if "Status" not in status:
                 raise PeerUnreachable(f"{named(peer)} dropped the association, or was silent for too long, in the "
-                                      f"middle of {what}. Remedy: is it running? It is asked again.")
+                                      f"middle of {what}. Remedy: is it running, and does it allow {what} to our AE "
+                                      f"title {association.requestor.ae_title.strip()}?")
             yield status, answer
     except ValueError as error:
         raise PeerUnreachable(f"{named(peer)} does not accept {what}: {error}. Remedy: let it answer "

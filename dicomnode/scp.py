@@ -41,11 +41,12 @@ from pynetdicom.service_class import StorageServiceClass
 from pynetdicom.sop_class import register_uid, uid_to_service_class
 
 from dicomnode.config import Config
-from dicomnode.errors import CannotUnderstand, DataSetMismatch, DiskFull, NodeError
+from dicomnode.errors import CannotUnderstand, DiskFull, NodeError
 from dicomnode.gate import Gate, SecurityLog, printable
 from dicomnode.groupcommit import GroupCommitter
 from dicomnode.intake import Intake, Limits, Request
-from dicomnode.ledger import InstanceRow, Kept, Ledger
+from dicomnode.keeping import CONFLICT, keep, status_of
+from dicomnode.ledger import Kept, Ledger
 from dicomnode.logs import get_logger
 from dicomnode.objectindex import ObjectIndex
 from dicomnode.spool import Spool
@@ -58,7 +59,6 @@ __all__ = ["CONFLICT", "Receiver", "STORAGE_CLASSES", "TRANSFER_SYNTAXES"]
 log = get_logger("scp")
 SUCCESS = 0x0000
 VERIFICATION = "1.2.840.10008.1.1"
-CONFLICT = 0xB000  # PS3.4 B.2.3 knows no nearer warning; docs/decisions/0005-conflicting-bytes.md
 
 #: In order of preference, where a peer offers several in one presentation context.
 TRANSFER_SYNTAXES = (
@@ -241,22 +241,8 @@ class Receiver:
         return SUCCESS
 
     def _keep(self, event: Event, intake: Intake, index: ObjectIndex) -> Kept:
-        request = intake.request
-        assert request is not None and intake.path is not None  # intake.index() has seen to it
-        for ours, theirs, what in ((index.sop_class_uid, request.sop_class_uid, "SOP Class"),
-                                   (index.sop_instance_uid, request.sop_instance_uid, "SOP Instance")):
-            if ours != theirs:
-                raise DataSetMismatch(f"{what} UID: request {printable(theirs)}, data set {printable(ours)}")
-        self._spool.object_path(index.study_uid, index.series_uid, index.sop_instance_uid)  # refuses what is not a UID
-        intake.sync()
-        return self._committer.keep(intake.path, InstanceRow(
-            sop_instance_uid=index.sop_instance_uid, sop_class_uid=index.sop_class_uid, study_uid=index.study_uid,
-            series_uid=index.series_uid, transfer_syntax_uid=request.transfer_syntax_uid, path="",
-            bytes=intake.file_size, sha256=intake.sha256, calling_ae=request.calling_ae,
-            address=peer_address(event.assoc), received_at=self._clock(), position=index.position,
-            orientation=index.orientation, frames=index.frames, modality=index.modality,
-            accession_number=index.accession_number, series_number=index.series_number,
-            series_description=index.series_description))
+        return keep(intake, index, spool=self._spool, committer=self._committer, address=peer_address(event.assoc),
+                    now=self._clock())
 
     def _refused(self, event: Event, index: ObjectIndex | None, error: NodeError) -> Dataset:
         study, series = (index.study_uid, index.series_uid) if index else ("", "")
@@ -264,18 +250,10 @@ class Receiver:
             "reception", type(error).__name__, f"C-STORE answered 0x{error.status:04X}: {error}",
             calling_ae=event.assoc.requestor.ae_title, address=peer_address(event.assoc),
             study_uid=printable(study), series_uid=printable(series))
-        return _status(error.status, str(error))
+        return status_of(error.status, str(error))
 
     def _conflict(self, event: Event, index: ObjectIndex) -> Dataset:
         log.warning(f"Other bytes came under SOP Instance UID {index.sop_instance_uid}: kept aside, not used.",
                     action="conflict", sop_instance_uid=index.sop_instance_uid, series_uid=index.series_uid,
                     calling_ae=printable(event.assoc.requestor.ae_title))
-        return _status(CONFLICT, "other bytes known under this UID; kept, not used")
-
-
-def _status(code: int, comment: str) -> Dataset:
-    """A response with ErrorComment (0000,0902), VR LO: at most 64 characters."""
-    status = Dataset()
-    status.Status = code
-    status.ErrorComment = printable(comment.encode("ascii", "replace").decode().replace("\\", "/"))
-    return status
+        return status_of(CONFLICT, "other bytes known under this UID; kept, not used")
