@@ -52,10 +52,14 @@ class Gate:
     """Decides on A-ASSOCIATE requests; counts the associations that are open."""
 
     def __init__(self, config: Config, *, clock: Callable[[], float], lookup_s: float = 5.0) -> None:
-        self._config = config
         self._names = HostNames(clock=clock, wait_s=lookup_s)
         self._lock = threading.Lock()
         self._open: dict[int, str] = {}
+        self.reconfigure(config)
+
+    def reconfigure(self, config: Config) -> None:
+        """For associations to come; those that are open stay and are counted."""
+        self._config = config
         for peer in config.peer:
             if not peer.addresses:
                 self._names.refresh(peer.host)
@@ -97,7 +101,7 @@ class Gate:
             return Refusal(1, 1, 3, "address", f"{printable(calling_ae)!r} may not send from {address}")
         problems = [_tls_problem(peer, tls, authorities) for peer in peers]
         if None not in problems:
-            return Refusal(1, 1, 1, "tls" if tls is None else "certificate",
+            return Refusal(1, 1, 1, "tls_required" if tls is None else "certificate",
                            f"{printable(calling_ae)!r} is not let in: {problems[0]}")
         return None
 

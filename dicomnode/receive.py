@@ -8,9 +8,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from dicomnode.config import Config
-from dicomnode.errors import NodeError
+from dicomnode.errors import ConfigError, NodeError
 from dicomnode.ledger import Ledger
 from dicomnode.logs import configure, get_logger
 from dicomnode.process import Pulse
@@ -48,10 +49,17 @@ def run(config: Config, *, stop: threading.Event, ready: Callable[[], None], pul
                 fresh = None if reloader is None else reloader.take(ledger, now=time.time())
                 if fresh is not None:
                     configure(fresh.node)
-                    receiver.reconfigure(fresh)
+                    _reconfigure(receiver, fresh, log)
         finally:
             receiver.stop()
             log.info("The receiver has stopped.", action="receiver_stopped")
+
+
+def _reconfigure(receiver: Receiver, config: Config, log: Any) -> None:
+    try:
+        receiver.reconfigure(config)
+    except ConfigError as error:
+        log.error(f"The old peers and limits stay in force: {error}", action="reload_refused")
 
 
 @contextmanager

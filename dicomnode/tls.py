@@ -182,6 +182,16 @@ class ServerTls:
                 log.error(f"The changed certificates are not used: {error}", action="tls_reload_failed")
         return self._context
 
+    def use(self, peers: Sequence[Peer]) -> None:
+        """Other peers, for connections to come. Raises ConfigError, and the old ones stay."""
+        before, self._peers = self._peers, peers
+        try:
+            self._context, self.authorities = self._made()
+        except ConfigError:
+            self._peers = before
+            raise
+        self._stamp = self._stamped()
+
     def _made(self) -> tuple[ssl.SSLContext, Authorities]:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         _harden(context)

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dicomnode import logs, schedule, workers
+from dicomnode.alerts import ALERT_S, Alerter
 from dicomnode.config import Config
+from dicomnode.daskexecutor import Cluster, DaskRunner
 from dicomnode.delivery import Deliverer
 from dicomnode.errors import NodeError
 from dicomnode.executor import LONGEST_WAIT_S, Executor
@@ -23,8 +25,9 @@ from dicomnode.logs import get_logger
 from dicomnode.matcher import Matcher
 from dicomnode.process import Pulse
 from dicomnode.reload import Reloader
-from dicomnode.runner import ChildRunner
+from dicomnode.runner import ChildRunner, Runner
 from dicomnode.spool import Spool
+from dicomnode.windows import Openings
 
 __all__ = ["run"]
 
@@ -51,7 +54,8 @@ def run(config: Config, *, stop: threading.Event, ready: Callable[[], None], pul
             log.warning(f"worker {name} had ended without saying so", action="worker_gone")
         pulse = pulse or Pulse()
         crew = _Crew(config, ledger, spool, stop, pulse)
-        rounds = _Rounds(config, ledger, spool, pulse)
+        alerter = Alerter(config, ledger, spool)
+        rounds = _Rounds(config, ledger, spool, pulse, alerter)
         crew.start()
         rounds.start()
         log.info("worker runs", action="worker_ready", data_dir=str(spool.data_dir))
@@ -67,6 +71,7 @@ def run(config: Config, *, stop: threading.Event, ready: Callable[[], None], pul
             stop.set()
             rounds.end()
             crew.end()
+            alerter.close(clean=crew.error is None)
         if crew.error is not None:
             raise crew.error
         log.info("worker ends", action="worker_stopped")
@@ -97,17 +102,19 @@ def _parts(config: Config, ledger: Ledger, spool: Spool) -> _Parts:
 class _Rounds:
     """The scheduler, whose ticks always call the parts of the configuration in force."""
 
-    def __init__(self, config: Config, ledger: Ledger, spool: Spool, pulse: Pulse) -> None:
-        self._ledger, self._spool, self._pulse = ledger, spool, pulse
+    def __init__(self, config: Config, ledger: Ledger, spool: Spool, pulse: Pulse, alerter: Alerter) -> None:
+        self._ledger, self._spool, self._pulse, self._alerter = ledger, spool, pulse, alerter
         self._parts = _parts(config, ledger, spool)
-        self._scheduler = schedule.build({name: (functools.partial(self._tick, name), seconds)
-                                          for name, (_, seconds) in self._parts.ticks.items()},
-                                         once=self._parts.once)
+        ticks: dict[str, tuple[Callable[[], object], float]] = {
+            name: (functools.partial(self._tick, name), seconds)
+            for name, (_, seconds) in self._parts.ticks.items()}
+        self._scheduler = schedule.build({**ticks, "alerts": (alerter.tick, ALERT_S)}, once=self._parts.once)
 
     def _tick(self, name: str) -> None:
         self._pulse.beat(name)
         try:
-            self._parts.ticks[name][0]()
+            with self._alerter.watching(name):
+                self._parts.ticks[name][0]()
         finally:
             self._pulse.beat(name)
 
@@ -121,6 +128,7 @@ class _Rounds:
         fresh = _parts(config, self._ledger, self._spool)
         self._parts.close()  # an instance on its way is finished; the rest of the series is sent by the new part
         self._parts = fresh
+        self._alerter.reconfigure(config)
         self._scheduler.add_job(fresh.once, id="prepare", replace_existing=True)
 
     def end(self) -> None:
@@ -138,6 +146,7 @@ class _Crew:
 
     def __init__(self, config: Config, ledger: Ledger, spool: Spool, stop: threading.Event, pulse: Pulse) -> None:
         self._config, self._ledger, self._spool, self._stop, self._pulse = config, ledger, spool, stop, pulse
+        self._employment = _Employment(config, ledger)
         self._workers: dict[str, _Worker] = {}
         self._over = threading.Event()
         self._heart = threading.Thread(target=self._beat, name="heart", daemon=True)
@@ -164,11 +173,12 @@ class _Crew:
 
     def reconfigure(self, config: Config) -> None:
         """Jobs that run go on as they were started; a device that is no longer named is left after its job."""
-        self._config = config
+        self._config, self._employment = config, _Employment(config, self._ledger)
         wanted = _devices(config)
         for name, worker in self._workers.items():
             if name in wanted:
-                worker.executor.reconfigure(config, runner=_runner(config, wanted[name]), may_start=None)
+                worker.executor.reconfigure(config, runner=self._employment.runner(wanted[name]),
+                                            may_start=self._employment.may_start)
                 worker.retire.clear()
             else:
                 worker.retire.set()
@@ -186,7 +196,8 @@ class _Crew:
 
     def _hire(self, name: str, device: str) -> None:
         executor = Executor(self._config, self._ledger, self._spool, device=device, name=name,
-                            runner=_runner(self._config, device), beat=functools.partial(self._pulse.beat, name))
+                            runner=self._employment.runner(device), may_start=self._employment.may_start,
+                            beat=functools.partial(self._pulse.beat, name))
         workers.enter(self._ledger, name, device=device, now=time.time())
         self._pulse.expect(name, HANG_S)
         self._workers[name] = _Worker(executor, self._stop)
@@ -211,16 +222,32 @@ class _Crew:
 
 def _devices(config: Config) -> dict[str, str]:
     """Worker's name -> its device, one job at a time on each."""
-    devices = list(config.work.devices) or [config.work.device]
+    work = config.work
+    devices = ["dask"] * work.dask_jobs if work.executor == "dask" else list(work.devices) or [work.device]
     return dict(zip(workers.worker_names(devices), devices, strict=True))
 
 
-def _runner(config: Config, device: str) -> ChildRunner:
-    """Several devices share the processor's cores, unless the configuration says how many threads a job takes."""
-    threads, count = config.work.threads, len(config.work.devices)
-    if not threads and count > 1:
-        threads = max(1, (os.cpu_count() or 1) // count)
-    return ChildRunner(device, threads)
+class _Employment:
+    """What the executors get of one configuration: when jobs may start, and what runs them."""
+
+    def __init__(self, config: Config, ledger: Ledger, *, clock: Callable[[], float] = time.time) -> None:
+        self._work, self._clock = config.work, clock
+        self._openings = Openings(config.schedule, config.route)
+        self._cluster = Cluster(ledger, self._work.dask_scheduler) if self._work.executor == "dask" else None
+
+    def may_start(self, route: str) -> bool:
+        """Whether jobs of that route may start now."""
+        opened = self._openings.may_start(self._clock())
+        return opened(route) if self._cluster is None else self._cluster.may_start(opened)(route)
+
+    def runner(self, device: str) -> Runner:
+        """Several devices share the processor's cores, unless the configuration says how many threads a job takes."""
+        threads, count = self._work.threads, len(self._work.devices)
+        if self._cluster is not None:
+            return DaskRunner(self._cluster, self._work.device, threads)
+        if not threads and count > 1:
+            threads = max(1, (os.cpu_count() or 1) // count)
+        return ChildRunner(device, threads)
 
 
 class _Worker(threading.Thread):
