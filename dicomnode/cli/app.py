@@ -76,7 +76,9 @@ def _add(panel: str, commands: dict[str, Callable[..., None]]) -> None:
 
 _add("Try", {"demo": running.demo, "phantom": offline.phantom})
 _add("Run", {"serve": running.serve, "receive": running.receive, "work": running.work, "check": looking.check})
-_add("Look", {"status": looking.status, "jobs": looking.jobs, "show": looking.show, "psf": psf.psf})
-_add("Decide", {"retry": acting.retry, "hold": acting.hold, "release": acting.release, "cancel": acting.cancel})
+_add("Look", {"status": looking.status, "jobs": looking.jobs, "show": looking.show, "alert": looking.alert,
+              "psf": psf.psf})
+_add("Decide", {"retry": acting.retry, "hold": acting.hold, "release": acting.release, "cancel": acting.cancel,
+                "urgent": acting.urgent})
 _add("Without the node", {"deblur": offline.deblur, "verify": offline.verify, "evaluate": evaluating.evaluate,
                           "calibrate": psf.calibrate})

@@ -1,9 +1,10 @@
-"""Commands that report: status, jobs, show, check."""
+"""Commands that report: status, jobs, show, alert, check."""
 
 from __future__ import annotations
 
 import shutil
 import time
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,7 +12,7 @@ import typer
 from dicomnode.cli.options import DEFAULT_CONFIG, ConfigOption, JsonOption, console, open_ledger, print_json
 from dicomnode.errors import Exit
 
-__all__ = ["check", "jobs", "show", "status"]
+__all__ = ["alert", "check", "jobs", "show", "status"]
 
 
 def status(config: ConfigOption = DEFAULT_CONFIG, as_json: JsonOption = False) -> None:
@@ -58,6 +59,49 @@ def show(
         from dicomnode.cli import tables
 
         tables.print_study(console(), value)
+
+
+def alert(
+    config: ConfigOption = DEFAULT_CONFIG, as_json: JsonOption = False,
+    test: Annotated[bool, typer.Option("--test", help="Send a test message to all of alerts.urls_file.")] = False,
+) -> None:
+    """What is wrong now; with --test: whether a message reaches everybody."""
+    if test:
+        _test_message(config, as_json)
+        return
+    from dataclasses import asdict
+
+    from dicomnode import alerts, machine, troubles
+    from dicomnode.spool import Spool
+
+    with open_ledger(config) as (settings, ledger):
+        now = time.time()
+        seen = machine.look(settings, Spool(settings.node.data_dir), now=now, starts=alerts.starts(ledger))
+        found = troubles.find(ledger, settings, seen, now=now)
+    if as_json:
+        print_json([asdict(trouble) for trouble in found])
+    else:
+        from dicomnode.cli import tables
+
+        tables.print_troubles(console(), found)
+
+
+def _test_message(config: Path, as_json: bool) -> None:
+    from dicomnode.config import load
+    from dicomnode.errors import ConfigError
+    from dicomnode.notify import Sender
+
+    settings = load(config)
+    if settings.alerts.urls_file is None:
+        raise ConfigError("alerts.urls_file is not set. Remedy: name a file with one apprise URL a line.")
+    outcome = Sender(settings.alerts.urls_file).wait(
+        f"dicomnode {settings.node.ae_title}: test", "This is a test. Nothing is wrong that this message knows of.")
+    if as_json:
+        print_json({"sent": outcome.sent, "failed": outcome.failed, "error": outcome.error})
+    else:
+        typer.echo(outcome.text)
+    if outcome.failed or outcome.error:
+        raise typer.Exit(Exit.FAILED)
 
 
 def check(config: ConfigOption = DEFAULT_CONFIG, as_json: JsonOption = False) -> None:

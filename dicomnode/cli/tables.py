@@ -12,10 +12,11 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from dicomnode.acceptance import Finding
+    from dicomnode.troubles import Trouble
     from sop.checks.report import CheckReport
 
 __all__ = ["print_check", "print_findings", "print_jobs", "print_library", "print_outcome", "print_psf", "print_status",
-           "print_study"]
+           "print_study", "print_troubles"]
 
 COLOURS = {"held": "red", "failed": "red", "dead": "red", "cancelled": "yellow", "waiting": "yellow", "running": "cyan",
            "sending": "cyan", "built": "cyan", "delivered": "green", "committed": "green", "ok": "green",
@@ -81,6 +82,13 @@ def print_findings(console: Console, findings: Sequence[Finding]) -> None:
         text = finding.text + (f" Remedy: {finding.remedy}" if finding.remedy else "")
         table.add_row(_state(finding.verdict), finding.what, escape(text))
     console.print(table)
+
+
+def print_troubles(console: Console, troubles: Sequence[Trouble]) -> None:
+    if not troubles:
+        console.print("Nothing is wrong.")
+    for trouble in troubles:
+        console.print(f"{_state(trouble.level)}  {escape(trouble.text)}", soft_wrap=True)
 
 
 def print_check(console: Console, report: CheckReport) -> None:
