@@ -55,6 +55,7 @@ class Gate:
         self._names = HostNames(clock=clock, wait_s=lookup_s)
         self._lock = threading.Lock()
         self._open: dict[int, str] = {}
+        self._callers: dict[int, tuple[Peer, ...]] = {}
         self.reconfigure(config)
 
     def reconfigure(self, config: Config) -> None:
@@ -71,9 +72,9 @@ class Gate:
         tls, authorities   what the handshake showed, and whose certificates are whose; None for a plain connection.
         """
         calling_ae = calling_ae.strip()
-        refusal = self._refusal(calling_ae, called_ae.strip(), address, tls, authorities)
-        if refusal is not None:
-            return refusal
+        peers = self._admitted(calling_ae, called_ae.strip(), address, tls, authorities)
+        if isinstance(peers, Refusal):
+            return peers
         with self._lock:
             limit, own = self._config.reception.max_associations, self._config.reception.max_associations_per_peer
             if len(self._open) >= limit:
@@ -82,18 +83,25 @@ class Gate:
                 return Refusal(2, 3, 2, "limit", f"{printable(calling_ae)!r} has {own} associations open, "
                                "reception.max_associations_per_peer")
             self._open[ticket] = calling_ae
+            self._callers[ticket] = peers
         return None
+
+    def callers(self, ticket: int) -> tuple[Peer, ...]:
+        """As which [[peer]] tables an association was let in: its rights are those of all of them."""
+        with self._lock:
+            return self._callers.get(ticket, ())
 
     def leave(self, ticket: int) -> None:
         with self._lock:
             self._open.pop(ticket, None)
+            self._callers.pop(ticket, None)
 
-    def _refusal(self, calling_ae: str, called_ae: str, address: str, tls: Session | None,
-                 authorities: Authorities | None) -> Refusal | None:
+    def _admitted(self, calling_ae: str, called_ae: str, address: str, tls: Session | None,
+                  authorities: Authorities | None) -> Refusal | tuple[Peer, ...]:
         node = self._config.node
         if self._config.reception.require_called_ae_title and called_ae != node.ae_title:
             return Refusal(1, 1, 7, "called_ae", f"called AE title {printable(called_ae)!r} is not {node.ae_title!r}")
-        peers = [peer for peer in self._config.peer if peer.ae_title == calling_ae and peer.may_send]
+        peers = [peer for peer in self._config.peer if peer.ae_title == calling_ae and _may_call(peer)]
         if not peers:
             return Refusal(1, 1, 3, "calling_ae", f"no [[peer]] that may send has AE title {printable(calling_ae)!r}")
         peers = [peer for peer in peers if self._comes_from(peer, address)]
@@ -103,7 +111,7 @@ class Gate:
         if None not in problems:
             return Refusal(1, 1, 1, "tls_required" if tls is None else "certificate",
                            f"{printable(calling_ae)!r} is not let in: {problems[0]}")
-        return None
+        return tuple(peer for peer, problem in zip(peers, problems, strict=True) if problem is None)
 
     def _comes_from(self, peer: Peer, address: str) -> bool:
         """Also after a second look, where the name may have other addresses by now."""
@@ -111,6 +119,11 @@ class Gate:
             return True
         return not peer.addresses and self._names.renewed(peer.host) and address_allowed(
             peer, address, self._names.known)
+
+
+def _may_call(peer: Peer) -> bool:
+    """To send, to ask, or to report on the storage commitment that we asked for."""
+    return peer.may_send or peer.may_query or peer.confirm == "commitment"
 
 
 def _tls_problem(peer: Peer, tls: Session | None, authorities: Authorities | None) -> str | None:

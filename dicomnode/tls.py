@@ -106,12 +106,13 @@ class _Checked(ssl.SSLSocket):
         context = cast(PeerContext, self.context)
         try:
             super().do_handshake(block)
-            shown = fingerprint(self.getpeercert(binary_form=True) or b"")
-            if context.pins and shown not in context.pins:
-                raise ssl.SSLCertVerificationError(f"its certificate {shown} is not in peer.certificate_sha256")
         except OSError as error:
             context.failure = reason_of(error)
             raise
+        shown = fingerprint(self.getpeercert(binary_form=True) or b"")
+        if context.pins and shown not in context.pins:
+            context.failure = f"its certificate {shown} is not in peer.certificate_sha256"
+            raise ssl.SSLError(context.failure)
 
 
 class PeerContext(ssl.SSLContext):
