@@ -21,7 +21,8 @@ from dicomnode.ledger import Ledger
 from dicomnode.views import timestamp
 from dicomnode.windows import Openings
 
-__all__ = ["Durations", "Estimate", "Expected", "Measured", "Running", "Waiting", "forecast", "plan", "waits"]
+__all__ = ["Durations", "Estimate", "Expected", "Measured", "Running", "Waiting", "forecast", "plan", "reasons",
+           "waits"]
 
 LIKE = 1.5     # sizes within this factor are alike
 ENOUGH = 3     # measurements of like size, before those of other sizes are looked at
@@ -222,6 +223,14 @@ def waits(row: Mapping[str, Any], openings: Openings, *, now: float) -> str:
 
 
 # --- from the ledger
+
+
+def reasons(ledger: Ledger, config: Config, *, now: float) -> dict[int, str]:
+    """Number of each waiting job -> why it does not run yet."""
+    openings = Openings(config.schedule, config.route)
+    return {row["id"]: waits(row, openings, now=now) for row in map(dict, ledger.query(
+        "SELECT id, state, route, urgent, run_after FROM job WHERE state IN ('queued', 'failed')"))}
+
 
 _SIZE = "(SELECT coalesce(sum(bytes), 0) FROM instance WHERE instance.series_uid = job.series_uid) AS size"
 _MEASURED = f"""

@@ -24,6 +24,7 @@ from dicomnode.identity import SettingsRefused, SettingsUnknown
 from dicomnode.ledger import Ledger, NewJob
 from dicomnode.logs import get_logger
 from dicomnode.matching import Arrival, choose_guide, completeness, eligible, geometry_of, guide_wait
+from dicomnode.operate import urgent_memo
 from dicomnode.psflibrary import PsfMissing, Resolution, resolve, settled, takes_psf
 from dicomnode.routing import first_route
 from dicomnode.spool import Spool
@@ -34,6 +35,7 @@ __all__ = ["Matcher"]
 FullSettings = Callable[[str, str, Mapping[str, Any]], Mapping[str, Any]]
 
 SENT = frozenset({"sending", "delivered", "committed"})
+WAITING = frozenset({"queued", "running", "failed"})
 OVER = frozenset({"cancelled", "superseded"})
 
 log = get_logger(__name__)
@@ -223,7 +225,7 @@ class Matcher:
             identity=made, series_uid=seen.uid, study_uid=seen.row["study_uid"],
             guide_series_uid=guide.uid if guide else None, route=route.name, method=route.method, preset=route.preset,
             settings=settings, send_to=route.send_to, inputs=(*seen.sop_instance_uids, *guide_inputs),
-            priority=route.priority,
+            priority=route.priority, urgent=route.urgent,
         )
         return _Decision("complete", "complete", f"{why}; {psf.why}" if psf.why else why, job=job)
 
@@ -273,9 +275,12 @@ class Matcher:
 
     def _make(self, new: NewJob) -> None:
         """Queue the job; unfinished or released earlier ones of the series are superseded by it."""
-        now = self._clock()
-        job_id = self._ledger.add_job(new, now=now)
-        for job in self._ledger.jobs_of_series(new.series_uid):
+        now, before = self._clock(), self._ledger.jobs_of_series(new.series_uid)
+        with self._ledger.transaction() as db:
+            wished = db.execute("DELETE FROM memo WHERE key = ?", (urgent_memo(new.series_uid),)).rowcount
+        wished += sum(job["urgent"] for job in before if job["state"] in WAITING)
+        job_id = self._ledger.add_job(replace(new, urgent=new.urgent or bool(wished)), now=now)
+        for job in before:
             if job["id"] != job_id and job["state"] not in OVER:
                 self._ledger.set_job(job["id"], "superseded", now=now, code="late-input",
                                      reason=f"superseded by job {job_id}: other input")

@@ -1,4 +1,4 @@
-"""What a person may decide: retry, hold, release, cancel. Functions over the ledger; each says what it did.
+"""What a person may decide: retry, hold, release, cancel, urgent. Functions over the ledger; each says what it did.
 
 A target is a study, series or derived series UID, an accession number or a job number ("12" or "job:12"). Named by
 study or accession number it must leave one choice: what would touch two jobs is refused with the list.
@@ -13,12 +13,14 @@ from typing import Any
 from dicomnode.errors import NotFound, RefusedInput
 from dicomnode.ledger import Ledger
 
-__all__ = ["Done", "cancel", "hold", "release", "retry"]
+__all__ = ["Done", "cancel", "hold", "release", "retry", "urgent", "urgent_memo"]
 
 HELD = frozenset({"held"})
 JOB_RETRY = HELD | {"failed", "cancelled"}
 JOB_HOLD = frozenset({"queued", "running", "failed", "built", "sending"})
 JOB_CANCEL = JOB_HOLD | HELD
+JOB_URGENT = frozenset({"queued", "failed"})
+SERIES_URGENT = frozenset({"receiving", "waiting", "complete"})
 SERIES_HOLD = frozenset({"receiving", "waiting", "complete"})
 SERIES_CANCEL = SERIES_HOLD | HELD
 UNDECIDED = frozenset({"no-route", "operator"})  # ignored by the configuration of the day or by a person, not by rule
@@ -102,6 +104,34 @@ def release(ledger: Ledger, target: str, *, now: float, actor: str) -> Done:
         if ledger.job(job["id"])["state"] == "delivered":
             return Done(job["series_uid"], job["id"], "delivered", "every peer has the derived series already")
         return Done(job["series_uid"], job["id"], "built", "the derived series is sent as it is")
+
+
+def urgent(ledger: Ledger, target: str, *, now: float, actor: str) -> Done:
+    """Start outside the windows and before all others, the urgent ones of before among them.
+
+    A failed job does not wait for its next attempt. Of a series that has no job yet the wish is kept for its job.
+    Raises NotFound and RefusedInput.
+    """
+    row = _one(ledger, target, "hurry", SERIES_URGENT, JOB_URGENT)
+    told = {"now": now, "study_uid": row["study_uid"], "series_uid": row["series_uid"], "code": "urgent",
+            "actor": actor}
+    with ledger.transaction() as db:
+        rank = 1 + int(ledger.query("SELECT max(urgent) AS rank FROM job WHERE state IN ('queued', 'failed')")
+                       [0]["rank"] or 0)
+        if row["job_state"] not in JOB_URGENT:
+            db.execute("INSERT OR REPLACE INTO memo VALUES (?, ?)", (urgent_memo(row["series_uid"]), actor))
+            ledger.event("series", from_state=row["series_state"], to_state=row["series_state"],
+                         reason="urgent: its job starts before all others, whatever the window", **told)
+            return Done(row["series_uid"], None, row["series_state"], "its job will start before all others")
+        db.execute("UPDATE job SET urgent = ?, run_after = min(run_after, ?) WHERE id = ?", (rank, now, row["job_id"]))
+        ledger.event("job", job_id=row["job_id"], from_state=row["job_state"], to_state=row["job_state"],
+                     reason="urgent: starts before all others, whatever the window", **told)
+        return Done(row["series_uid"], row["job_id"], row["job_state"], "the job starts before all others")
+
+
+def urgent_memo(series_uid: str) -> str:
+    """Under which key of table memo it is kept that the job of a series, once there is one, is urgent."""
+    return f"urgent:{series_uid}"
 
 
 def _stop(ledger: Ledger, row: dict[str, Any], active: Set[str], job_state: str, series_state: str, *, now: float,

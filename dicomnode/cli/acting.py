@@ -1,4 +1,4 @@
-"""Commands by which a person decides: retry, hold, release, cancel."""
+"""Commands by which a person decides: retry, hold, release, cancel, urgent."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 
 from dicomnode.cli.options import DEFAULT_CONFIG, ConfigOption, JsonOption, open_ledger, print_json
 
-__all__ = ["cancel", "hold", "release", "retry"]
+__all__ = ["cancel", "hold", "release", "retry", "urgent"]
 
 Target = Annotated[str, typer.Argument(
     metavar="WHAT", help="Study, series or derived series UID, accession number, or job number (12 or job:12).")]
@@ -35,6 +35,11 @@ def release(what: Target, config: ConfigOption = DEFAULT_CONFIG, as_json: JsonOp
 def cancel(what: Target, config: ConfigOption = DEFAULT_CONFIG, as_json: JsonOption = False) -> None:
     """Give a job up; a series that has none is ignored."""
     _decide("cancel", what, config, as_json)
+
+
+def urgent(what: Target, config: ConfigOption = DEFAULT_CONFIG, as_json: JsonOption = False) -> None:
+    """Start a job before all others, whatever the window; of a series that has none yet, its job to come."""
+    _decide("urgent", what, config, as_json)
 
 
 def _decide(verb: str, what: str, config: Path, as_json: bool) -> None:

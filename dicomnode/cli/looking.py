@@ -16,12 +16,14 @@ __all__ = ["alert", "check", "jobs", "show", "status"]
 
 
 def status(config: ConfigOption = DEFAULT_CONFIG, as_json: JsonOption = False) -> None:
-    """The node at a glance: what came, what runs, what waits for a person, the disk."""
+    """The node at a glance: what came, what runs, what waits for a person, what fits tonight, the disk."""
     from dicomnode import views
+    from dicomnode.forecast import forecast
 
     with open_ledger(config) as (settings, ledger):
         free = shutil.disk_usage(settings.node.data_dir).free
         value = views.status(ledger, free_bytes=free, now=time.time())
+        value["tonight"] = forecast(ledger, settings, now=time.time())
     if as_json:
         print_json(value)
     else:
@@ -33,9 +35,11 @@ def status(config: ConfigOption = DEFAULT_CONFIG, as_json: JsonOption = False) -
 def jobs(config: ConfigOption = DEFAULT_CONFIG, as_json: JsonOption = False) -> None:
     """Every series that came, newest first, and how far it got."""
     from dicomnode import views
+    from dicomnode.forecast import reasons
 
-    with open_ledger(config) as (_, ledger):
-        rows = views.jobs(ledger)
+    with open_ledger(config) as (settings, ledger):
+        rows, waits = views.jobs(ledger), reasons(ledger, settings, now=time.time())
+    rows = [row | {"waits": waits.get(row["job"], "") if row["state"] in ("queued", "failed") else ""} for row in rows]
     if as_json:
         print_json(rows)
     else:
@@ -50,9 +54,12 @@ def show(
 ) -> None:
     """One study: what came, what was chosen and why, what was done, what was sent, and its history."""
     from dicomnode import views
+    from dicomnode.forecast import reasons
 
-    with open_ledger(config) as (_, ledger):
-        value = views.show(ledger, study)
+    with open_ledger(config) as (settings, ledger):
+        value, waits = views.show(ledger, study), reasons(ledger, settings, now=time.time())
+    for series in value["series"]:
+        series["jobs"] = [job | {"waits": waits.get(job["job"], "")} for job in series["jobs"]]
     if as_json:
         print_json(value)
     else:

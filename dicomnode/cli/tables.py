@@ -22,6 +22,10 @@ COLOURS = {"held": "red", "failed": "red", "dead": "red", "cancelled": "yellow",
            "sending": "cyan", "built": "cyan", "delivered": "green", "committed": "green", "ok": "green",
            "warning": "yellow", "problem": "red"}
 
+FORECAST = {"fits": "fit", "past-end": "end after the window closes", "not-tonight": "do not fit",
+            "unknown": "cannot be told"}
+FORECAST_ROWS = 20
+
 
 def print_jobs(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
     if not rows:
@@ -50,6 +54,20 @@ def print_status(console: Console, value: Mapping[str, Any]) -> None:
         if rows:
             console.print(f"\n[bold]{title}[/bold]")
             print_jobs(console, rows)
+    if value["tonight"]["jobs"]:
+        _print_forecast(console, value["tonight"])
+
+
+def _print_forecast(console: Console, tonight: Mapping[str, Any]) -> None:
+    counts = tonight["counts"]
+    said = ", ".join(f"{counts[name]} {words}" for name, words in FORECAST.items() if counts[name])
+    console.print(f"\n[bold]Tonight[/bold]  {said}")
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for job in tonight["jobs"][:FORECAST_ROWS]:
+        table.add_row(f"job {job['job']}", escape(job["text"]))
+    console.print(table)
+    if len(tonight["jobs"]) > FORECAST_ROWS:
+        console.print(f"and {len(tonight['jobs']) - FORECAST_ROWS} more: --json shows all")
 
 
 def print_study(console: Console, value: Mapping[str, Any]) -> None:
@@ -193,7 +211,8 @@ def _why(row: Mapping[str, Any]) -> str:
     progress = row["progress"]
     if row["state"] == "running" and progress:
         return f"{progress['stage']}: step {progress['step']} of {progress['steps']}"
-    return str(row["reason"] or row["code"])
+    told = str(row["reason"] or row["code"])
+    return "; ".join(filter(None, [row.get("waits", ""), told]))
 
 
 def _state(state: str) -> str:

@@ -1,4 +1,4 @@
-"""What a person may decide, and what is refused: retry, hold, release, cancel."""
+"""What a person may decide, and what is refused: retry, hold, release, cancel, urgent."""
 
 from __future__ import annotations
 
@@ -206,6 +206,32 @@ def test_cancel_ends_a_job_and_ignores_a_series_without_one(ledger):
     assert operate.cancel(ledger, str(job), now=30, actor="mia").state == "cancelled"
     assert operate.cancel(ledger, "1.2.3.5", now=30, actor="mia").state == "ignored"
     assert operate.retry(ledger, str(job), now=31, actor="mia").state == "queued"
+
+
+def test_urgent_starts_before_all_others_whatever_the_window(ledger):
+    """Whoever was hurried last goes first; the history says who decided."""
+    jobs = []
+    for number in range(3):
+        arrive(ledger, f"1.2.3.{number + 4}", accession=f"A{number}")
+        jobs.append(queue(ledger, f"1.2.3.{number + 4}", identity=str(number)))
+    assert operate.urgent(ledger, "A1", now=30, actor="mia").job == jobs[1]
+    assert operate.urgent(ledger, f"job:{jobs[2]}", now=31, actor="mia").state == "queued"
+    claimed = [ledger.claim("w", now=32, lease_s=60, may_start=lambda route: False) for _ in range(3)]
+    assert [job and job["id"] for job in claimed] == [jobs[2], jobs[1], None]
+    said = [event for event in ledger.events() if event["code"] == "urgent"]
+    assert [(event["job_id"], event["actor"]) for event in said] == [(jobs[1], "mia"), (jobs[2], "mia")]
+
+
+def test_urgent_job_does_not_wait_for_its_next_attempt(ledger):
+    """A failed one is tried at once; one that runs already is refused."""
+    arrive(ledger)
+    job = queue(ledger)
+    ledger.claim("w", now=30, lease_s=60)
+    with pytest.raises(RefusedInput, match=r"nothing to hurry.*running"):
+        operate.urgent(ledger, "A7", now=31, actor="mia")
+    ledger.set_job(job, "failed", now=31, run_after=3600)
+    operate.urgent(ledger, "A7", now=32, actor="mia")
+    assert ledger.claim("w", now=32, lease_s=60) is not None
 
 
 def test_two_choices_are_refused_with_the_list(ledger):
