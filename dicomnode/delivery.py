@@ -1,14 +1,14 @@
 """The delivery queue: every built derived series to every peer of its route, until each instance is confirmed.
 
-One thread per peer, so that a peer that is down or slow delays nobody else. Only instances without a confirming status
+One lane per peer, so that a peer that is down or slow delays nobody else. Only instances without a confirming status
 are sent; answers are recorded in batches as they come, so a crash repeats at most one batch, and the peer knows the
-repeated instances by their UID. Failures are retried with exponential backoff and jitter until `give_up_h`.
+repeated instances by their UID. Failures are retried with exponential backoff and jitter until `give_up_h`. What a peer
+with `confirm` is asked for beyond its answers is `proof`'s.
 """
 
 from __future__ import annotations
 
 import random
-import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -16,16 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from pydicom import dcmread
-from pynetdicom.association import Association
 
 from dicomnode import scu
-from dicomnode.config import Config, Delivery
+from dicomnode.config import Config, Delivery, Peer
 from dicomnode.errors import ConfigError, NotFound, PeerUnreachable, TransitionRefused
+from dicomnode.lanes import Lanes
 from dicomnode.ledger import Ledger
 from dicomnode.logs import get_logger
 from dicomnode.spool import Spool
 
-__all__ = ["Deliverer", "Verdict", "backoff_s", "judge"]
+__all__ = ["Deliverer", "DerivedFile", "Verdict", "backoff_s", "derived_files", "judge"]
 
 BATCH = 16  # answers recorded in one transaction: what a kill -9 can make us send again
 BATCH_S = 0.5
@@ -100,77 +100,66 @@ class Deliverer:
                  rng: random.Random | None = None) -> None:
         self._config, self._ledger, self._spool = config, ledger, spool
         self._clock, self._rng = clock, rng or random.Random()
-        self._stop = threading.Event()
-        self._threads: dict[str, threading.Thread] = {}
-        self._open: dict[str, Association] = {}
+        self._lanes = Lanes("deliver", self.send, self._failed)
+        self._threads, self._open, self._stop = self._lanes.threads, self._lanes.open, self._lanes.stop
 
     def tick(self) -> None:
         """Start a thread for every peer that has something due and none running."""
-        due: dict[str, list[dict[str, Any]]] = {}
-        for row in self._ledger.due_deliveries(now=self._clock()):
-            due.setdefault(row["peer"], []).append(row)
-        for peer, rows in due.items():
-            running = self._threads.get(peer)
-            if not self._stop.is_set() and (running is None or not running.is_alive()):
-                self._threads[peer] = threading.Thread(target=self._send_all, args=(rows,), name=f"deliver-{peer}",
-                                                       daemon=True)
-                self._threads[peer].start()
+        self._lanes.start(self._ledger.due_deliveries(now=self._clock()))
 
     def close(self, timeout_s: float) -> None:
         """Stop after the instance that is on its way; a peer that does not answer in time is aborted."""
-        self._stop.set()
-        until = time.monotonic() + timeout_s
-        for name, thread in self._threads.items():
-            thread.join(max(0.0, until - time.monotonic()))
-            if thread.is_alive() and name in self._open:
-                self._open[name].abort()
+        self._lanes.close(timeout_s)
 
-    def _send_all(self, rows: list[dict[str, Any]]) -> None:
-        for row in rows:
-            if self._stop.is_set():
-                return
-            try:
-                self.send(row)
-            except Exception as error:
-                if self._stop.is_set():
-                    return  # the ledger is being closed; what was not recorded is sent again
-                # One delivery must not end the peer's thread for the others: it stays due and is tried again.
-                log.exception("delivery failed unexpectedly", action="delivery_error", delivery=row["id"])
-                self._again(row, f"internal error, see the log: {type(error).__name__}: {error}")
+    def _failed(self, row: dict[str, Any], error: Exception) -> None:
+        self._again(row, f"internal error, see the log: {type(error).__name__}: {error}")
 
     def send(self, row: dict[str, Any]) -> None:
         """One attempt at one delivery (a row of `Ledger.due_deliveries`), its outcome entered in the ledger."""
         job_id = row["job_id"]
         try:
-            self._begin(job_id)
+            self._begin(row)
             peer = self._config.named_peer(row["peer"])
         except ConfigError as error:
             self._again(row, str(error))
             return
         except (TransitionRefused, NotFound):
-            return  # cancelled or held between the query and now
+            return  # cancelled, held or committed between the query and now
         job = self._ledger.job(job_id)
-        files = _by_uid(self._spool.absolute(job["derived_path"]))
+        files = derived_files(self._spool.absolute(job["derived_path"]))
         if len(files) != job["derived_instances"]:
             self._lost(job, len(files))
             return
         answered = self._ledger.statuses(row["id"])
-        left = [path for uid, path in files.items() if not _stored(answered.get(uid))]
+        left = [file.path for uid, file in files.items() if not _stored(answered.get(uid))]
         recorder = _Recorder(self._ledger, row["id"], self._clock)
         problem = ""
         try:
-            scu.send(peer, left, calling_ae=self._config.node.ae_title, on_answer=recorder,
-                     stopped=self._stopped(job_id), dimse_timeout_s=self._config.delivery.dimse_timeout_s,
-                     connect_timeout_s=self._config.delivery.connect_timeout_s,
-                     on_open=lambda association: self._open.update({peer.name: association}))
-        except PeerUnreachable as error:
+            self._send(peer, left, recorder, self._stopped(job_id))
+        except (PeerUnreachable, ConfigError) as error:
             problem = str(error)
         finally:
             recorder.flush()
-        self._conclude(row, files, problem)
+        self._conclude(row, peer, set(files), problem)
 
-    def _begin(self, job_id: int) -> None:
+    def _send(self, peer: Peer, files: list[Path], recorder: _Recorder, stopped: Callable[[], bool]) -> None:
+        """By STOW-RS where the peer has an address for it, else by C-STORE."""
+        delivery = self._config.delivery
+        if peer.stow_url is not None:
+            from dicomnode.stow import send as stow
+
+            stow(peer, files, tls=self._config.tls, on_answer=recorder, stopped=stopped,
+                 connect_timeout_s=delivery.connect_timeout_s, timeout_s=delivery.dimse_timeout_s)
+        else:
+            scu.send(peer, files, calling_ae=self._config.node.ae_title, on_answer=recorder, stopped=stopped,
+                     dimse_timeout_s=delivery.dimse_timeout_s, connect_timeout_s=delivery.connect_timeout_s,
+                     on_open=lambda association: self._open.update({peer.name: association}))
+
+    def _begin(self, row: dict[str, Any]) -> None:
+        job_id = row["job_id"]
         with self._ledger.transaction():
+            if self._state(row) != "waiting":
+                raise TransitionRefused(f"delivery {row['id']} is done meanwhile")
             state = self._ledger.job(job_id)["state"]
             if state == "built":
                 self._ledger.set_job(job_id, "sending", now=self._clock())
@@ -189,12 +178,20 @@ class Deliverer:
 
         return stopped
 
-    def _conclude(self, row: dict[str, Any], files: dict[str, Path], problem: str) -> None:
+    def _state(self, row: dict[str, Any]) -> str:
+        return str(self._ledger.query("SELECT state FROM delivery WHERE id = ?", (row["id"],))[0]["state"])
+
+    def _conclude(self, row: dict[str, Any], peer: Peer, uids: set[str], problem: str) -> None:
         statuses = self._ledger.statuses(row["id"])
-        verdict = judge((status for uid, status in statuses.items() if uid in files), expected=len(files))
+        verdict = judge((status for uid, status in statuses.items() if uid in uids), expected=len(uids))
         if verdict.delivered:
-            self._ledger.set_delivery(row["id"], "delivered", now=self._clock(), reason=verdict.reason,
-                                      attempts=row["attempts"] + 1)
+            with self._ledger.transaction():
+                if self._state(row) != "waiting":
+                    return  # a late answer of the peer has committed it meanwhile
+                now = self._clock()
+                self._ledger.set_delivery(row["id"], "delivered", now=now, reason=verdict.reason, confirm=peer.confirm,
+                                          attempts=row["attempts"] + 1,
+                                          prove_at=None if peer.confirm == "store" else now)
             log.info("derived series delivered", action="delivered", job=row["job_id"], peer=row["peer"])
         elif not self._stop.is_set() and self._ledger.job(row["job_id"])["state"] == "sending":
             believed = verdict.refused and not problem and row["attempts"] + 1 >= REFUSALS
@@ -223,10 +220,19 @@ class Deliverer:
                     reason=reason, wait_s=round(wait, 1))
 
 
-def _by_uid(folder: Path) -> dict[str, Path]:
+@dataclass(frozen=True)
+class DerivedFile:
+    """One instance of a derived series on disk."""
+
+    path: Path
+    sop_class_uid: str
+
+
+def derived_files(folder: Path) -> dict[str, DerivedFile]:
     """SOP Instance UID -> file, in the order of the file names."""
-    return {str(dcmread(path, stop_before_pixels=True, specific_tags=["SOPInstanceUID"]).SOPInstanceUID): path
-            for path in sorted(folder.glob("*.dcm"))}
+    headers = {path: dcmread(path, stop_before_pixels=True, specific_tags=["SOPClassUID", "SOPInstanceUID"])
+               for path in sorted(folder.glob("*.dcm"))}
+    return {str(header.SOPInstanceUID): DerivedFile(path, str(header.SOPClassUID)) for path, header in headers.items()}
 
 
 def _stored(status: int | None) -> bool:
