@@ -9,7 +9,8 @@
 3. Image: two members, whose kernels are half a standard deviation narrower and wider. Each is the minimiser of
    4 ||P(x ∗ k) - y||² + lam TV(x) over x >= 0, with lam by the noise (deconv/members.py). Large regions are worked
    off in tiles that share kernels, maximum and lam.
-4. x is the mean of the members, their spread scaled to one standard deviation of the width its uncertainty.
+4. x is the mean of the members, their spread scaled to one standard deviation of the width its uncertainty. What TV
+   moved between slices is moved back (deconv/slices.py).
 
 docs/method.md has the equations, the reasons and what was tried.
 """
@@ -35,6 +36,7 @@ from deconv.preview import informative_region
 from deconv.region import check_spec, region
 from deconv.result import Deconvolution, OnStep, Progress
 from deconv.skewfit import found_skew
+from deconv.slices import slice_gains
 from deconv.tiles import FADE, Image, Tile, Tiled, plan, require_memory, solve_in_tiles
 from deconv.tv import tv_weight
 from deconv.volume import Volume
@@ -66,6 +68,7 @@ class Settings:
     spread          the members' kernels lie that many standard deviations (of the common width) on either side.
     iterations      of TV deconvolution.
     tv_weight       for an image whose maximum is 1; 0: by the image's noise.
+    slice_steps     that bring the activity of slices back; 0: none.
     region          see deconv/region.py;   memory_gb  what source, output and tiles may take together.
     seed            has no influence: nothing is drawn. Held so that every preset of "nbd" takes it.
     """
@@ -85,6 +88,7 @@ class Settings:
     spread: float = 0.5
     iterations: int = 60
     tv_weight: float = 0.0
+    slice_steps: int = 2
     region: str = "body"
     memory_gb: float = 4.0
     seed: int = 0
@@ -102,8 +106,8 @@ class Settings:
             raise ValueError(f"psf {self.psf!r} needs psf_fwhm_mm, the FWHM along slice, row and column axis in mm")
         if self.psf_fwhm_mm and not all(0 < w < 30 for w in self.psf_fwhm_mm):
             raise ValueError(f"psf_fwhm_mm {list(self.psf_fwhm_mm)} is no PSF of a PET: FWHM along D, H, W in mm")
-        if min(self.windows, self.iterations, *self.skew_voxels) < 1 or self.skew_iterations < 0:
-            raise ValueError("counts are at least 1, skew_iterations at least 0")
+        if min(self.windows, self.iterations, *self.skew_voxels) < 1 or min(self.skew_iterations, self.slice_steps) < 0:
+            raise ValueError("counts are at least 1, skew_iterations and slice_steps at least 0")
         if min(self.psf_log_sd, self.prior_log_sd) <= 0:
             raise ValueError("standard deviations must be positive")
         if self.spread < 0 or self.tv_weight < 0 or max(map(abs, self.psf_skew)) >= 1:
@@ -145,11 +149,15 @@ def deconvolve(
     tiled = _image(y, psf, lam, spacing, settings, device, on_step, checkpoints)
     kernel = kernel_on_pet_grid(np.array(psf.fwhm_mm), np.array(psf.skew), spacing)
     taken = {"region_box": found.text, "tile": list(tiled.tile)}
+    fine = skewed(np.array(psf.fwhm_mm), psf.skew, spacing / 2)
+    gains = slice_gains(tiled.outputs[0], y, fine, settings.slice_steps).astype(np.float32)[:, None, None]
+    told = {**_told(psf, settings), "tv_weight": lam, "tiles": float(tiled.count),
+            "slice_gain": float(np.abs(gains - 1).max())}
     result = finished(
-        volume, tiled.outputs[0], kernel, top, preset=settings.preset, settings={**plain(settings), **taken}, losses={},
-        seconds=0.0, metrics={**_told(psf, settings), "tv_weight": lam, "tiles": float(tiled.count)}, region=found,
+        volume, tiled.outputs[0] * gains, kernel, top, preset=settings.preset, settings={**plain(settings), **taken},
+        losses={}, seconds=0.0, metrics=told, region=found,
     )
-    spread = found.paste_spread(tiled.outputs[1], result.metrics["activity_scale"]) * np.float32(top)
+    spread = found.paste_spread(tiled.outputs[1] * gains, result.metrics["activity_scale"]) * np.float32(top)
     seconds = {"seconds": time.perf_counter() - start}
     return replace(result, uncertainty=volume.doubled(spread), metrics={**result.metrics, **seconds})
 

@@ -111,11 +111,15 @@ def unfold(coarse_spectrum: torch.Tensor, coarse: Triple) -> torch.Tensor:
     return torch.cat([coarse_spectrum, rest], dim=-1)
 
 
-def unfold_times(coarse_spectrum: torch.Tensor, factor: torch.Tensor, coarse: Triple) -> torch.Tensor:
-    """The coarse spectrum repeated over the fine grid, times `factor` on the fine half spectrum."""
+def unfold_times(
+    coarse_spectrum: torch.Tensor, factor: torch.Tensor, coarse: Triple, *, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The coarse spectrum repeated over the fine grid, times `factor` on the fine half spectrum (into `out`)."""
     n0, n1, n2 = coarse
+    split = (2, n0, 2, n1, n2 + 1)
     repeated = unfold(coarse_spectrum, coarse)[None, :, None]
-    return (factor.reshape(2, n0, 2, n1, n2 + 1) * repeated).view(2 * n0, 2 * n1, n2 + 1)
+    product = torch.mul(factor.reshape(split), repeated, out=None if out is None else out.view(split))
+    return product.view(2 * n0, 2 * n1, n2 + 1)
 
 
 def smooth_length(n: int) -> int:

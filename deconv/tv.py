@@ -19,6 +19,7 @@ where c, a spectrum of the PET grid, is repeated over the fine grid (the matrix 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from math import prod
 
@@ -178,18 +179,28 @@ def _solve(
     x = padded.repeat_interleave(2, 0).repeat_interleave(2, 1).repeat_interleave(2, 2)
     u = [torch.zeros_like(x) for _ in range(3)]
     w = torch.zeros_like(x)
+    # Volumes that every step writes anew: asking the system for fresh memory costs more time than filling it.
+    spare = _Spare(torch.empty_like(x), torch.empty_like(x), torch.empty_like(x))
+    r, folded = torch.empty_like(model.spectrum), torch.empty_like(model.spectrum)
     for step in range(iterations):
-        rhs = _shrunk(x, u, w, steps, lam / rho, rho, mu)
-        r = torch.fft.rfftn(rhs)
-        del rhs
-        missing = (data - fold((r * model.spectrum).mul_(inverse), model.coarse)).div_(weight)
-        r.add_(unfold_times(missing, model.spectrum.conj(), model.coarse)).mul_(inverse)
-        new = torch.fft.irfftn(r, s=model.fine)
-        del r
-        change = float((new - x).norm() / new.norm().clamp_min(1e-12))
-        x = new
+        torch.fft.rfftn(_shrunk(x, u, w, steps, lam / rho, rho, mu, spare), out=r)
+        missing = (data - fold(torch.mul(r, model.spectrum, out=folded).mul_(inverse), model.coarse)).div_(weight)
+        r.add_(unfold_times(missing, model.spectrum.conj(), model.coarse, out=folded)).mul_(inverse)
+        # irfftn in its two parts: at once it takes memory of its own.
+        new = torch.fft.irfft(torch.fft.ifftn(r, dim=(0, 1), out=folded), n=model.fine[2], dim=2, out=spare.first)
+        change = float(torch.sub(new, x, out=spare.second).norm() / new.norm().clamp_min(1e-12))
+        x, spare.first = new, x
         report(step + 1, change)
     return model.crop(x).clamp_min(0.0)
+
+
+@dataclass
+class _Spare:
+    """Three fine volumes to write into."""
+
+    first: torch.Tensor
+    second: torch.Tensor
+    third: torch.Tensor
 
 
 def _penalties(lam: float) -> tuple[float, float]:
@@ -199,22 +210,40 @@ def _penalties(lam: float) -> tuple[float, float]:
 
 def _shrunk(
     x: torch.Tensor, u: list[torch.Tensor], w: torch.Tensor, steps: Sequence[float], radius: float, rho: float,
-    mu: float,
+    mu: float, spare: _Spare,
 ) -> torch.Tensor:
-    """Update u and w in place for the present x; return rho grad^T(d - u) + mu (z - w)."""
+    """Update u and w in place for the present x; return rho grad^T(d - u) + mu (z - w), held in `spare.third`."""
+    rhs, v, norm = spare.third, spare.second, spare.first
     for axis in range(3):
-        u[axis].add_(torch.roll(x, -1, axis).sub_(x), alpha=steps[axis])
-    norm = (u[0].square() + u[1].square()).add_(u[2].square()).sqrt_().div_(radius).clamp_min_(1.0)
-    rhs = torch.zeros_like(x)
+        u[axis].add_(_difference(x, axis, out=v), alpha=steps[axis])
+    torch.square(u[0], out=norm).add_(torch.square(u[1], out=v)).add_(torch.square(u[2], out=v))
+    norm.sqrt_().div_(radius).clamp_min_(1.0)
+    rhs.zero_()
     for axis in range(3):
-        v = u[axis].clone()
+        v.copy_(u[axis])
         u[axis].div_(norm)
         v.sub_(u[axis], alpha=2.0)  # d - u = v - 2 u
-        rhs.add_(torch.roll(v, 1, axis).sub_(v), alpha=rho * steps[axis])
+        _add_difference(rhs, v, axis, rho * steps[axis])
     w.add_(x)
-    v = w.clone()
+    v.copy_(w)
     w.clamp_max_(0.0)
     return rhs.add_(v.sub_(w, alpha=2.0), alpha=mu)  # z - w = v - 2 w
+
+
+def _difference(x: torch.Tensor, axis: int, *, out: torch.Tensor) -> torch.Tensor:
+    """The periodic x[i + 1] - x[i] along the axis."""
+    n = x.shape[axis]
+    torch.sub(x.narrow(axis, 1, n - 1), x.narrow(axis, 0, n - 1), out=out.narrow(axis, 0, n - 1))
+    torch.sub(x.narrow(axis, 0, 1), x.narrow(axis, n - 1, 1), out=out.narrow(axis, n - 1, 1))
+    return out
+
+
+def _add_difference(total: torch.Tensor, v: torch.Tensor, axis: int, weight: float) -> None:
+    """total += weight (v[i - 1] - v[i]), periodic: weight times the adjoint of `_difference`."""
+    n = v.shape[axis]
+    total.narrow(axis, 1, n - 1).add_(v.narrow(axis, 0, n - 1), alpha=weight)
+    total.narrow(axis, 0, 1).add_(v.narrow(axis, n - 1, 1), alpha=weight)
+    total.sub_(v, alpha=weight)
 
 
 def _inverse_diagonal(
