@@ -16,6 +16,7 @@ __all__ = [
     "Exit",
     "LedgerCorrupt",
     "NodeError",
+    "NotAllowed",
     "NotFound",
     "PeerRefused",
     "PeerUnreachable",
@@ -58,6 +59,13 @@ class TooLarge(NodeError):
     """The object is larger than the site allows (reception.max_object_mb)."""
 
     status = 0xA701  # PS3.4 B.2.3: refused, out of resources
+    exit_code = Exit.REFUSED
+
+
+class NotAllowed(NodeError):
+    """This peer has no right to that service."""
+
+    status = 0x0124  # PS3.7 C.5.17: refused, not authorized
     exit_code = Exit.REFUSED
 
 

@@ -1,5 +1,7 @@
 """The data set of one C-STORE request on its way in: written to disk as it arrives, so that memory stays flat.
 
+The data set of another request (a query) is short and stays in memory.
+
 pynetdicom hands each fragment to `write`; the file begins with file meta information made from the request
 (PS3.10 section 7.1), then come the bytes of the data set as received. Nothing raises here: an error is kept, the rest
 of the data set is swallowed, and `C-STORE` answers with its status.
@@ -18,21 +20,29 @@ from pathlib import Path
 from typing import Any
 
 from dicomnode.errors import CannotUnderstand, DiskFull, NodeError, TooLarge
-from dicomnode.objectindex import Incomplete, ObjectIndex, read_index
+from dicomnode.objectindex import Incomplete, ObjectIndex, read_index, require_unpackable
+from dicomnode.sections import Reception
 from dicomnode.spool import Spool, valid_uid
 from sop.uids import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
 
 __all__ = ["Intake", "Limits", "Request", "file_meta"]
 
+_IN_MEMORY = 2 * 2**20  # bytes of a data set that is no object; 10,000 references of a storage commitment request
 _HEAD = 64 * 1024  # bytes kept in memory for the index; what needs more is read back from the file
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Bytes: the largest object, and what must stay free on the disk."""
+    """Bytes: the largest object, what must stay free on the disk, and what an object may become unpacked."""
 
     object_bytes: int
     free_bytes: int
+    unpacked_bytes: int = 8 * 2**30
+
+    @classmethod
+    def of(cls, reception: Reception) -> Limits:
+        return cls(object_bytes=reception.max_object_mb * 2**20, free_bytes=reception.low_disk_mb * 2**20,
+                   unpacked_bytes=reception.max_decompressed_mb * 2**20)
 
 
 @dataclass(frozen=True)
@@ -65,9 +75,10 @@ class Intake(io.BytesIO):
     def write(self, data: Any) -> int:
         if self.error is None and not self._closed_early:
             try:
-                if self.path is None:
-                    self._open()
-                self._append(data)
+                if self.path is None and not self._open():
+                    self._remember(data)
+                else:
+                    self._append(data)
             except NodeError as error:
                 self._give_up(error)
             except OSError as error:
@@ -77,10 +88,11 @@ class Intake(io.BytesIO):
         self.size += len(data)
         return len(data)
 
-    def _open(self) -> None:
+    def _open(self) -> bool:
+        """False: not an object."""
         self.request = self._ask()
         if self.request is None:
-            raise CannotUnderstand("a data set came without a C-STORE request")
+            return False
         for uid in (self.request.sop_class_uid, self.request.sop_instance_uid):
             if not valid_uid(uid):
                 raise CannotUnderstand(f"{uid[:80]!r} in the request is not a UID (PS3.5 section 9.1)")
@@ -88,6 +100,13 @@ class Intake(io.BytesIO):
         self._file, self.path = self._spool.create_incoming()
         meta = file_meta(self.request)
         self.file_size = os.write(self._file, meta)
+        return True
+
+    def _remember(self, data: bytes | memoryview) -> None:
+        if self.size + len(data) > _IN_MEMORY:
+            self.truncate(0)
+            raise TooLarge(f"the data set of the request is larger than {_IN_MEMORY // 2**20} MiB")
+        super().write(data)
 
     def _append(self, data: bytes | memoryview) -> None:
         if self.size + len(data) > self._limits.object_bytes:
@@ -117,18 +136,21 @@ class Intake(io.BytesIO):
         return self._hash.hexdigest()
 
     def index(self) -> ObjectIndex:
-        """Raises CannotUnderstand."""
+        """Raises CannotUnderstand, TooLarge where it would become too large unpacked."""
         if self.error is not None:
             raise self.error
         if self.request is None or self.path is None:
             raise CannotUnderstand("the request came without a data set")
         syntax = self.request.transfer_syntax_uid
-        try:
-            return read_index(io.BytesIO(b"".join(self._head)), syntax, whole=self._head_size == self.size)
-        except Incomplete:
-            with self.path.open("rb") as file:
-                file.seek(self.file_size - self.size)
-                return read_index(file, syntax, whole=True)
+        with self.path.open("rb") as file:
+            file.seek(self.file_size - self.size)
+            try:
+                found = read_index(io.BytesIO(b"".join(self._head)), syntax, whole=self._head_size == self.size)
+            except Incomplete:
+                found = read_index(file, syntax, whole=True)
+            file.seek(self.file_size - self.size)
+            require_unpackable(found, syntax, file, size=self.size, limit=self._limits.unpacked_bytes)
+        return found
 
     def discard(self) -> None:
         """Forget the object and its file; harmless once the file has been moved to its place."""

@@ -41,7 +41,7 @@ from pynetdicom.service_class import StorageServiceClass
 from pynetdicom.sop_class import register_uid, uid_to_service_class
 
 from dicomnode.config import Config
-from dicomnode.errors import CannotUnderstand, DiskFull, NodeError
+from dicomnode.errors import CannotUnderstand, DiskFull, NodeError, NotAllowed
 from dicomnode.gate import Gate, SecurityLog, printable
 from dicomnode.groupcommit import GroupCommitter
 from dicomnode.intake import Intake, Limits, Request
@@ -49,6 +49,7 @@ from dicomnode.keeping import CONFLICT, keep, status_of
 from dicomnode.ledger import Kept, Ledger
 from dicomnode.logs import get_logger
 from dicomnode.objectindex import ObjectIndex
+from dicomnode.services.desk import Desk
 from dicomnode.spool import Spool
 from dicomnode.tls import ServerTls
 from dicomnode.transport import Acceptor, Server, peer_address
@@ -103,6 +104,11 @@ def _register_storage_classes() -> None:
             register_uid(uid, keyword, StorageServiceClass)
 
 
+def _limits(config: Config) -> Limits:
+    reception = config.reception
+    return Limits(object_bytes=reception.max_object_mb * 2**20, free_bytes=reception.low_disk_mb * 2**20)
+
+
 class Receiver:
     """The Storage SCP of one configuration; `start()`, then `stop()`."""
 
@@ -111,8 +117,8 @@ class Receiver:
         self._gate = Gate(config, clock=clock)
         self._security = SecurityLog(ledger, clock=clock)
         self._committer = GroupCommitter(spool, ledger)
-        reception = config.reception
-        self._limits = Limits(object_bytes=reception.max_object_mb * 2**20, free_bytes=reception.low_disk_mb * 2**20)
+        self._desk = Desk(config, spool, ledger.path, self._security, clock=clock)
+        self._limits = _limits(config)
         self._tls = None if config.tls.port is None else ServerTls(config.tls, config.peer)
         self._servers: list[tuple[Server, threading.Thread]] = []
 
@@ -131,7 +137,11 @@ class Receiver:
         ae.dimse_timeout = reception.dimse_timeout_s
         ae.network_timeout = reception.network_timeout_s
         contexts = [build_context(uid, list(TRANSFER_SYNTAXES)) for uid in STORAGE_CLASSES]
+        if self._desk.gets:
+            for context in contexts:
+                context.scu_role = context.scp_role = True
         contexts.append(build_context(VERIFICATION, [ExplicitVRLittleEndian, ImplicitVRLittleEndian]))
+        contexts += self._desk.contexts()
         ports: list[tuple[int, ServerTls | None]] = [(node.port, None)] if self._config.tls.plain else []
         if self._config.tls.port is not None:
             ports.append((self._config.tls.port, self._tls))
@@ -141,10 +151,29 @@ class Receiver:
                 evt_handlers=[(evt.EVT_REQUESTED, self._on_requested), (evt.EVT_C_STORE, self._on_c_store),
                               (evt.EVT_C_ECHO, self._on_c_echo)],
                 make_intake=self._intake, on_end=self._on_end, connection_limit=4 * reception.max_associations,
-                association_limit_s=reception.max_association_s, tls=tls, on_tls_failure=self._on_tls_failure)
+                association_limit_s=reception.max_association_s, tls=tls, on_tls_failure=self._on_tls_failure,
+                services=self._desk.services)
             self._servers.append((server, threading.Thread(target=server.serve_forever, name="listener", daemon=True)))
         for _, thread in self._servers:
             thread.start()
+
+    def reconfigure(self, config: Config) -> None:
+        """For associations to come: who may open one, limits, time-outs. What was bound at the start stays (reload.py).
+
+        Raises ConfigError where a peer's certificates cannot be used; then nothing has changed.
+        """
+        if self._tls is not None:
+            self._tls.use(config.peer)
+        self._config, self._limits = config, _limits(config)
+        self._gate.reconfigure(config)
+        self._desk.reconfigure(config)
+        reception = config.reception
+        for server, _ in self._servers:
+            server.ae.acse_timeout = reception.acse_timeout_s
+            server.ae.dimse_timeout = reception.dimse_timeout_s
+            server.ae.network_timeout = reception.network_timeout_s
+            server.association_limit_s = reception.max_association_s
+            server.connection_limit = 4 * reception.max_associations
 
     def stop(self) -> None:
         """No new associations; those open are aborted; what is on its way to the ledger is committed."""
@@ -157,18 +186,21 @@ class Receiver:
         for assoc in left:
             assoc.join(2.0)
         self._committer.close()
+        self._desk.close()
         self._security.close()
 
     # --- associations
 
     def _on_requested(self, event: Event) -> None:
-        assoc = event.assoc
+        assoc = cast(Acceptor, event.assoc)
         request = cast(A_ASSOCIATE, assoc.requestor.primitive)
         calling, address = request.calling_ae_title.strip(), peer_address(assoc)
         refusal = self._gate.enter(id(assoc), calling_ae=calling, called_ae=request.called_ae_title, address=address,
-                                   tls=cast(Acceptor, assoc).tls,
+                                   tls=assoc.tls,
                                    authorities=self._tls.authorities if self._tls else None)
         if refusal is None:
+            assoc.callers = self._gate.callers(id(assoc))
+            assoc.may_store = any(peer.may_send for peer in assoc.callers)
             return
         assoc.acse.send_reject(refusal.result, refusal.source, refusal.reason)
         assoc.is_rejected = True
@@ -205,7 +237,7 @@ class Receiver:
         def request() -> Request | None:
             context = assoc._accepted_cx.get(message.context_id or -1)
             command = message.command_set
-            if context is None or command.get("CommandField") != 0x0001:
+            if context is None or command.get("CommandField") != 0x0001 or not assoc.may_store:
                 return None
             return Request(
                 sop_class_uid=str(command.get("AffectedSOPClassUID", "")),
@@ -219,6 +251,8 @@ class Receiver:
         intake = cast(C_STORE, event.request).DataSet
         index: ObjectIndex | None = None
         try:
+            if not cast(Acceptor, event.assoc).may_store:
+                raise NotAllowed("this peer may not send (may_send)")
             if not isinstance(intake, Intake):
                 raise CannotUnderstand("the request came without a data set")
             index = intake.index()

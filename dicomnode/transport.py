@@ -19,7 +19,8 @@ import ssl
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 from pynetdicom import evt
@@ -31,17 +32,21 @@ from pynetdicom.dimse_messages import DIMSEMessage
 from pynetdicom.dimse_primitives import C_STORE
 from pynetdicom.dul import DULServiceProvider
 from pynetdicom.pdu_primitives import P_DATA
+from pynetdicom.presentation import PresentationContext
 from pynetdicom.transport import AssociationServer, AssociationSocket, RequestHandler
 
 from dicomnode.command import store_response
+from dicomnode.config import Peer
 from dicomnode.intake import Intake
 from dicomnode.tls import ServerTls, Session, reason_of, session_of
 
-__all__ = ["Acceptor", "Server", "peer_address"]
+__all__ = ["Acceptor", "Server", "Service", "peer_address"]
 
 _ABORT_S = 2.0  # seconds that an A-ABORT may take to go out
 _ASSOCIATE_LIMIT = 2**20  # bytes; 128 contexts with every transfer syntax take a tenth of it
+_QUEUED = 32  # primitives that wait to be sent; whoever sends more waits for the peer
 MakeIntake = Callable[["Acceptor", "DIMSEMessage"], Intake]
+Service = Callable[["Acceptor", Any, PresentationContext], None]
 
 
 def peer_address(assoc: Association) -> str:
@@ -128,6 +133,8 @@ class _Dul(DULServiceProvider):
                 os.eventfd_write(self._wake, 1)
 
     def send_pdu(self, primitive: Any) -> None:
+        while self.to_provider_queue.qsize() >= _QUEUED and self.is_alive() and self is not threading.current_thread():
+            time.sleep(0.001)
         super().send_pdu(primitive)
         self.wake()
 
@@ -266,6 +273,10 @@ class Acceptor(Association):
         self.stored = 0
         self.tls: Session | None = None
         self.overdue = False  # aborted for its age
+        self.callers: tuple[Peer, ...] = ()  # as whom the gate let it in
+        self.may_store = True
+        self.services: Mapping[type, Service] = {}  # by request primitive; others are served as pynetdicom does
+        self.when_idle: deque[Callable[[], None]] = deque()  # called one by one when the peer asks nothing for a second
         self._ends_at, self._monotonic = ends_at, monotonic
         self._stirred = threading.Event()
         provider = _Dimse(self)
@@ -295,7 +306,35 @@ class Acceptor(Association):
         if not msg.is_valid_request:  # pynetdicom would say nothing and let the peer wait
             self.abort()
             return
-        super()._serve_request(msg, context_id)
+        service, context = self.services.get(type(msg)), self._accepted_cx.get(context_id)
+        if service is None or context is None:
+            super()._serve_request(msg, context_id)
+            return
+        self.dimse.cancel_req.clear()
+        self._is_paused = True  # for a service that sends
+        service(self, msg, context)
+        self.dul._idle_timer.restart()
+
+    @property
+    def waits(self) -> bool:
+        """Whether the peer still waits for what a service does: no release, abort, end of the connection or of time."""
+        return (self.is_established and not self._kill and self.dul.is_alive() and self.dul.peek_next_pdu() is None
+                and self._monotonic() <= self._ends_at)
+
+    def ask(self, request: Any, context_id: int) -> Any | None:
+        """Send a request of our own and serve what the peer asks meanwhile; its response, None where none came."""
+        self.dimse.send_msg(request, context_id)
+        until = self._monotonic() + (self.dimse_timeout or 0)
+        while self.waits and self._monotonic() < until:
+            context, message = self.dimse.get_msg(block=False)
+            if message is None:
+                self._stirred.wait(0.25)
+                self._stirred.clear()
+            elif getattr(message, "MessageIDBeingRespondedTo", None) is not None:
+                return message
+            else:
+                self._serve_request(message, cast(int, context))
+        return None
 
     def _run_reactor(self) -> None:
         """Serve requests until release, abort, end of the connection or a peer silent for too long."""
@@ -322,8 +361,10 @@ class Acceptor(Association):
                 self.abort_connection()
                 self.kill()
             else:
-                self._stirred.wait(1.0)
+                stirred = self._stirred.wait(1.0)
                 self._stirred.clear()
+                if self.when_idle and not stirred:
+                    self.when_idle.popleft()()
 
     def run_reactor(self) -> None:
         try:
@@ -353,6 +394,7 @@ class _Handler(RequestHandler):
         assoc = Acceptor(ae, server.make_intake, server.on_end, monotonic=server.monotonic,
                          ends_at=server.monotonic() + server.association_limit_s)
         assoc.tls = session_of(connection)
+        assoc.services = server.services
         assoc._server = server
         wrapped = _Socket(assoc, client_socket=connection)
         wrapped.pdu_limit = max(_ASSOCIATE_LIMIT, ae.maximum_pdu_size)
@@ -386,12 +428,14 @@ class Server(AssociationServer):
 
     def __init__(self, ae: ApplicationEntity, *args: Any, make_intake: MakeIntake, on_end: Callable[[Acceptor], None],
                  connection_limit: int, association_limit_s: float, tls: ServerTls | None = None,
+                 services: Mapping[type, Service] | None = None,
                  on_tls_failure: Callable[[str, str], None] = lambda *_: None,
                  monotonic: Callable[[], float] = time.monotonic, **kwargs: Any) -> None:
         self.make_intake = make_intake
         self.connection_limit = connection_limit
         self.association_limit_s = association_limit_s
         self.monotonic = monotonic
+        self.services = services or {}
         self._tls, self._on_tls_failure = tls, on_tls_failure
         self._shaking = threading.BoundedSemaphore(connection_limit)
         self._on_end = on_end

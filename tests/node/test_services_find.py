@@ -1,0 +1,105 @@
+"""C-FIND as a pure matter: what matches, what is answered, what is refused."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydicom.dataset import Dataset
+
+from dicomnode.services.findscp import BadQuery, answer, matches, matches_value, read_query
+
+PATIENT = {"PatientName": ("Müller^Anna",), "PatientID": ("P-1",), "StudyInstanceUID": ("1.2",),
+           "StudyDate": ("20240117",), "StudyTime": ("101530.25",), "ModalitiesInStudy": ("CT", "PT"),
+           "NumberOfStudyRelatedInstances": ("12",), "AccessionNumber": ("A[1]",)}
+
+
+def entity(keyword: str) -> tuple[str, ...]:
+    return PATIENT.get(keyword, ())
+
+
+def identifier(level: str = "STUDY", **keys: object) -> Dataset:
+    ds = Dataset()
+    ds.QueryRetrieveLevel = level
+    for keyword, value in keys.items():
+        setattr(ds, keyword, value)
+    return ds
+
+
+def matched(**keys: object) -> bool:
+    return matches(read_query(identifier(**keys), patient_root=False), entity)
+
+
+@pytest.mark.parametrize(("keyword", "wanted", "found"), [
+    ("PatientID", "P-1", True), ("PatientID", "p-1", False), ("PatientID", "", True), ("PatientID", "*", True),
+    ("PatientID", "P-*", True), ("PatientID", "P-?", True), ("PatientID", "?", False), ("PatientID", "P*2", False),
+    ("PatientName", "müller^anna", True), ("PatientName", "MÜL*", True), ("PatientName", "Müller^Anna^^", True),
+    ("PatientName", "Anna", False), ("AccessionNumber", "A[1]", True), ("AccessionNumber", "A[1*", True),
+    ("AccessionNumber", "A1", False),
+    ("StudyDate", "20240117", True), ("StudyDate", "20240101-20240131", True), ("StudyDate", "20240118-", False),
+    ("StudyDate", "-20240117", True), ("StudyDate", "20240117-20240117", True), ("StudyDate", "-20240116", False),
+    ("StudyDate", "2024.01.17", True),
+    ("StudyTime", "10-11", True), ("StudyTime", "1015-1015", True), ("StudyTime", "101531-", False),
+    ("StudyTime", "-10", True), ("StudyTime", "101530.25", True), ("StudyTime", "101530.3-", False),
+    ("ModalitiesInStudy", "PT", True), ("ModalitiesInStudy", "MR", False), ("ModalitiesInStudy", ["MR", "CT"], True),
+    ("StudyInstanceUID", ["1.9", "1.2"], True), ("StudyInstanceUID", "1.9", False),
+])
+def test_a_key_matches_by_its_kind(keyword, wanted, found):
+    """PS3.4 C.2.2.2: single value, universal, wild card, range, list of UIDs; names whatever their case."""
+    assert matched(**{keyword: wanted}) is found
+
+
+def test_what_has_no_value_matches_universal_keys_alone():
+    """An entity without a birth date is found by none."""
+    assert matched(PatientBirthDate="") and not matched(PatientBirthDate="19700101") and not matched(StudyID="7")
+
+
+@given(day=st.integers(1, 28), low=st.integers(1, 28), high=st.integers(1, 28))
+def test_a_range_holds_both_its_ends(day, low, high):
+    """C.2.2.2.5."""
+    assert matches_value("StudyDate", (f"202402{low:02d}-202402{high:02d}",),
+                         (f"202402{day:02d}",)) is (low <= day <= high)
+
+
+@given(value=st.text("ab*?[]!-\\.^", max_size=8))
+def test_a_value_without_wild_cards_matches_itself_alone(value):
+    """Whatever signs it has, no pattern language but * and ? is seen in it."""
+    plain = value.replace("*", "").replace("?", "")
+    assert matches_value("StudyID", (plain,), (plain,)) and not matches_value("StudyID", (plain or "x",), (plain + "a",))
+
+
+def test_an_answer_carries_what_was_asked_and_where_to_fetch():
+    """C.4.1.1.3.2; what cannot be said in the peer's character set is said in UTF-8."""
+    asked = identifier(PatientName="", StudyDate="", NumberOfStudyRelatedInstances="", ModalitiesInStudy="", StudyID="")
+    got = answer(read_query(asked, patient_root=False), entity, ae_title="NBDNODE")
+    assert (got.QueryRetrieveLevel, got.RetrieveAETitle, got.InstanceAvailability) == ("STUDY", "NBDNODE", "ONLINE")
+    assert got.StudyInstanceUID == "1.2" and got.PatientName == "Müller^Anna" and got.StudyID is None
+    assert got.NumberOfStudyRelatedInstances == 12 and list(got.ModalitiesInStudy) == ["CT", "PT"]
+    assert got.SpecificCharacterSet == "ISO_IR 192" and "AccessionNumber" not in got
+    asked.SpecificCharacterSet = "ISO_IR 100"
+    assert answer(read_query(asked, patient_root=False), entity, ae_title="X").SpecificCharacterSet == "ISO_IR 100"
+    assert "SpecificCharacterSet" not in answer(
+        read_query(identifier(PatientID=""), patient_root=False), entity, ae_title="X")
+
+
+@pytest.mark.parametrize(("asked", "patient_root", "retrieve"), [
+    (identifier("PATIENT", PatientID="P"), False, False),
+    (identifier("WORKLIST"), False, False),
+    (Dataset(), True, False),
+    (identifier("SERIES"), False, False),
+    (identifier("SERIES", StudyInstanceUID=["1.2", "1.3"]), False, False),
+    (identifier("IMAGE", StudyInstanceUID="1.2"), False, False),
+    (identifier("STUDY", StudyInstanceUID="1.2"), True, False),
+    (identifier("STUDY"), False, True),
+    (identifier("STUDY", PatientID="P*"), True, False),
+])
+def test_an_identifier_that_does_not_fit_the_model_is_refused(asked, patient_root, retrieve):
+    """Hierarchical: one unique key of each level above; a retrieval without one would hand out everything."""
+    with pytest.raises(BadQuery):
+        read_query(asked, patient_root=patient_root, retrieve=retrieve)
+
+
+def test_keys_that_are_not_known_are_told_of():
+    """They are ignored, and the pending status says so (0xFF01)."""
+    query = read_query(identifier(StudyID="1", ImplantName="x", NumberOfSeriesRelatedInstances=""), patient_root=False)
+    assert set(query.unsupported) == {"ImplantName", "NumberOfSeriesRelatedInstances"} and "StudyID" in query.keys
