@@ -31,6 +31,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import IO, Any
 
+import deconv
 from deconv import Deconvolution, Progress, Volume
 from dicomnode import __version__
 from dicomnode.process import PARENT_VARIABLE, end, tie_to_parent
@@ -109,7 +110,8 @@ def run(order: bytes, *, version: str, threads: int) -> bytes:
 
     def wanted() -> bool:
         task = worker.state.tasks.get(key)  # the scheduler cancels it here when the node gives it up or has gone
-        return task is not None and task.state == "executing"
+        closing = worker.status.name in ("closing", "closed", "failed")  # so it does when the scheduler has gone
+        return not closing and task is not None and task.state == "executing"
 
     if version != __version__:
         return packed({"kind": "version", "version": __version__})
@@ -216,16 +218,14 @@ class _Speaker:
 
 
 def _computed(order: Order, speaker: _Speaker) -> dict[str, Any]:
-    import torch
-
-    import deconv
-
-    if order.threads:
-        torch.set_num_threads(order.threads)
     try:
         door = deconv.method(order.method)
-        result = door.deconvolve(order.volume, door.settings(order.preset, **order.overrides), guide=order.guide,
-                                 device=order.device, on_step=speaker.step)
+        settings = door.settings(order.preset, **order.overrides)
+        import torch  # after what can be refused without it
+
+        if order.threads:
+            torch.set_num_threads(order.threads)
+        result = door.deconvolve(order.volume, settings, guide=order.guide, device=order.device, on_step=speaker.step)
     except (ValueError, ArithmeticError) as error:
         return {"kind": "unfit", "reason": str(error)}
     return {"kind": "done", "result": result, "device": order.device, "threads": torch.get_num_threads(),
