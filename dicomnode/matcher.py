@@ -23,10 +23,11 @@ from dicomnode.config import Config, Route
 from dicomnode.identity import SettingsRefused, SettingsUnknown
 from dicomnode.ledger import Ledger, NewJob
 from dicomnode.logs import get_logger
-from dicomnode.matching import Arrival, choose_guide, completeness, eligible, geometry_of, guide_wait
+from dicomnode.matching import Arrival, Completeness, choose_guide, completeness, eligible, geometry_of, guide_wait
 from dicomnode.operate import urgent_memo
 from dicomnode.psflibrary import PsfMissing, Resolution, resolve, settled, takes_psf
 from dicomnode.routing import first_route
+from dicomnode.sourcecount import Look, SourceCounts
 from dicomnode.spool import Spool
 from sop.pet import is_own_output
 
@@ -80,12 +81,15 @@ class Matcher:
 
     poll_s         how often a PET that waits for its CT is looked at again.
     full_settings  all settings of a method's preset; asks a child process unless told otherwise.
+    counts         asks the source of a route (route.source) how many instances of a series it holds.
     """
 
     def __init__(self, config: Config, ledger: Ledger, spool: Spool, *, clock: Callable[[], float] = time.time,
-                 poll_s: float = 2.0, full_settings: FullSettings = identity.full_settings) -> None:
+                 poll_s: float = 2.0, full_settings: FullSettings = identity.full_settings,
+                 counts: SourceCounts | None = None) -> None:
         self._config, self._ledger, self._spool, self._clock = config, ledger, spool, clock
         self._poll_s, self._full_settings = poll_s, full_settings
+        self._counts = counts or SourceCounts(config, ledger, clock=clock, poll_s=poll_s)
 
     def prepare(self) -> None:
         """Ask for the settings of every route ahead of time: the first study need not wait, a wrong route shows now."""
@@ -148,18 +152,36 @@ class Matcher:
 
     def _decide_pet(self, seen: _Seen) -> _Decision:
         limits = self._config.completeness
+        route = first_route(self._config.route, seen.header, calling_ae=seen.row["calling_ae"])
+        look = None
+        if route is not None and route.source is not None and not seen.row["released"]:
+            look = self._counts.look(route.source, seen.row, route=route.name)
         whole = completeness(seen.arrivals, seen.header, now=self._clock(), quiet_s=limits.quiet_s,
-                             give_up_h=limits.give_up_h)
+                             give_up_h=limits.give_up_h, expected_instances=look.count if look else None)
+        if look is not None:
+            whole = self._by_source(seen, whole, look)
         if whole.state == "waiting" and (whole.code == "quiet" or not seen.row["released"]):
             return _Decision("waiting", whole.code, whole.reason, until=whole.until)
         if whole.state == "held" and not seen.row["released"]:
             return _Decision("held", whole.code, f"{whole.reason}. Remedy: {whole.remedy}, or "
                              f"`dicomnode release {seen.uid}` to process it as it is")
-        route = first_route(self._config.route, seen.header, calling_ae=seen.row["calling_ae"])
         if route is None:
             return _Decision("ignored", "no-route", "no route matches. Remedy if one should: add a [[route]], start "
                              f"the node again, then `dicomnode retry {seen.uid}`")
         return self._decide_guide(seen, route, whole.reason)
+
+    def _by_source(self, seen: _Seen, whole: Completeness, look: Look) -> Completeness:
+        """What the source adds to the verdict: no series is whole before its count is known and agrees."""
+        if whole.code == "quiet" or whole.state == "held" or (whole.state == "complete" and look.count is not None):
+            return whole
+        limits = self._config.completeness
+        give_up = seen.row["last_at"] + limits.give_up_h * 3600
+        why = look.reason if whole.state == "complete" else f"{whole.reason}; {look.reason}"
+        if whole.state == "complete" and self._clock() >= give_up:
+            return Completeness("held", "source-count", f"{why}; nothing new for {limits.give_up_h:g} h",
+                                remedy="let the source be reached")
+        until = min(look.again_at, give_up)
+        return Completeness("waiting", "source-count" if whole.state == "complete" else whole.code, why, until)
 
     def _decide_guide(self, seen: _Seen, route: Route, whole: str) -> _Decision:
         if route.guide == "never":

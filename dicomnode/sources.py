@@ -14,6 +14,8 @@ from dicomnode.ledger import Ledger
 
 __all__ = ["SourceSeries", "Sources", "memo", "set_memo"]
 
+LONGEST_WAIT_S = 7200.0  # what is due later was stamped by a wrong clock
+
 
 @dataclass(frozen=True)
 class SourceSeries:
@@ -39,16 +41,20 @@ class Sources:
     def saw(self, series: SourceSeries, *, now: float, next_at: float | None) -> str:
         """Enter what a source said now; the state: `arrived` where all of it is here, else `seen`.
 
-        next_at  when to fetch what is missing; None: not to be fetched. A retrieval under way goes on.
+        next_at  when to fetch what is missing; None: not to be fetched. A retrieval under way, or the pause before the
+                 next attempt, goes on.
         """
         with self._ledger.transaction() as db:
             old = self.row(series.source, series.series_uid)
             here = self.here(series.series_uid)
             whole = here >= max(1, series.instances or 1)
             state = "arrived" if whole else "seen"
-            if old is not None and old["state"] == "retrieving" and not whole:
-                state, next_at = "retrieving", old["next_at"]
-            values = asdict(series) | {"state": state, "next_at": None if whole else next_at, "now": now}
+            reason = series.reason
+            if old is not None and not whole and next_at is not None and old["next_at"] is not None:
+                # Under way, or a pause after a failure: both go on, with what was said of them.
+                state, next_at, reason = old["state"], old["next_at"], old["reason"] if old["attempts"] else reason
+            values = asdict(series) | {"state": state, "next_at": None if whole else next_at, "now": now,
+                                       "reason": reason}
             db.execute(
                 "INSERT INTO source_series (source, series_uid, study_uid, study_date, modality, accession_number, "
                 "instances, wanted, reason, state, next_at, first_seen_at, last_seen_at) VALUES (:source, :series_uid, "
@@ -60,7 +66,7 @@ class Sources:
                 "excluded.state, next_at = excluded.next_at, last_seen_at = excluded.last_seen_at", values)
             before = "" if old is None else old["state"]
             if before != state:
-                self._event(series.source, series.study_uid, series.series_uid, before, state, series.reason, now)
+                self._event(series.source, series.study_uid, series.series_uid, before, state, reason, now)
             return state
 
     def set(self, source: str, series_uid: str, state: str, *, now: float, reason: str, next_at: float | None = None,
@@ -84,7 +90,8 @@ class Sources:
         """Wanted rows to fetch or to look after, study by study; the CT of a study before its PET."""
         return [dict(row) for row in self._ledger.query(
             "SELECT * FROM source_series WHERE source = ? AND wanted = 1 AND state IN ('seen', 'retrieving') "
-            "AND next_at <= ? ORDER BY first_seen_at, study_uid, modality <> 'CT', series_uid", (source, now))]
+            "AND (next_at <= ? OR next_at > ?) ORDER BY first_seen_at, study_uid, modality <> 'CT', series_uid",
+            (source, now, now + LONGEST_WAIT_S))]
 
     def awaited(self, source: str) -> list[dict[str, Any]]:
         """Wanted rows that are not here in full, as far as was seen."""
@@ -93,8 +100,9 @@ class Sources:
             (source,))]
 
     def here(self, series_uid: str) -> int:
-        """How many instances of a series were received."""
-        return int(self._ledger.query("SELECT count(*) AS n FROM instance WHERE series_uid = ?", (series_uid,))[0]["n"])
+        """How many instances of a series were received, purged ones included."""
+        rows = self._ledger.query("SELECT instances FROM series WHERE series_uid = ?", (series_uid,))
+        return int(rows[0]["instances"]) if rows else 0
 
     def _event(self, source: str, study_uid: str, series_uid: str, before: str, after: str, reason: str,
                now: float) -> None:
