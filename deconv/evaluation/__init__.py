@@ -8,6 +8,7 @@
     measures   how it is judged: the figures of one result
     rows       what is kept: one line of JSON for every run, so that an interrupted benchmark goes on
     running    the loop
+    kernels    the paper's validations of kernels;   pictures  CLIP-IQA
     summary    mean and worst case of every method; seed-to-seed spread; promises
     report     Markdown and JSON;   plots  one page of pictures
 """

@@ -11,6 +11,7 @@ from typing import Any
 from deconv.evaluation.kernels import KernelChecks
 from deconv.evaluation.measures import HOT
 from deconv.evaluation.methods import VARIANTS
+from deconv.evaluation.pictures import ClipScore
 from deconv.evaluation.rows import Row
 from deconv.evaluation.running import Evaluation
 from deconv.evaluation.summary import FIGURES, Promise, Spread, promises, spreads, summaries
@@ -21,7 +22,9 @@ __all__ = ["markdown", "to_json", "write"]
 NO_CHECKS = KernelChecks()
 
 
-def to_json(evaluation: Evaluation, kernels: KernelChecks = NO_CHECKS) -> dict[str, Any]:
+def to_json(
+    evaluation: Evaluation, kernels: KernelChecks = NO_CHECKS, clip: Sequence[ClipScore] = ()
+) -> dict[str, Any]:
     """Everything as JSON values: machine, rows, summary, seed spread, promises by method, checks of kernels."""
     spread_found = spreads(evaluation)
     return {
@@ -33,10 +36,13 @@ def to_json(evaluation: Evaluation, kernels: KernelChecks = NO_CHECKS) -> dict[s
         "promises": {method: [asdict(one) for one in promises(evaluation.rows, spread_found, method)]
                      for method in _blind(evaluation.rows)},
         "kernels": asdict(kernels),
+        "clip_iqa": [asdict(one) for one in clip],
     }
 
 
-def markdown(evaluation: Evaluation, kernels: KernelChecks = NO_CHECKS) -> str:
+def markdown(
+    evaluation: Evaluation, kernels: KernelChecks = NO_CHECKS, clip: Sequence[ClipScore] = ()
+) -> str:
     """The report for people: summary, promises, then the figures of every case."""
     spread_found = spreads(evaluation)
     machine = evaluation.machine
@@ -51,15 +57,19 @@ def markdown(evaluation: Evaluation, kernels: KernelChecks = NO_CHECKS) -> str:
     if spread_found:
         lines += ["## Seed-to-seed spread", "", *_spread_table(spread_found), ""]
     lines += _kernel_tables(kernels)
+    lines += ["## CLIP-IQA", "", "1 fits the caption of a good photograph. The paper: 0.19 before deblurring,"
+              " 0.39 after.", "", *_clip_table(clip), ""] if clip else []
     for label in dict.fromkeys(row.case_label for row in evaluation.rows):
         lines += [f"## {label}", "", *_case_tables([row for row in evaluation.rows if row.case_label == label]), ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def write(evaluation: Evaluation, out: Path, kernels: KernelChecks = NO_CHECKS) -> None:
+def write(
+    evaluation: Evaluation, out: Path, kernels: KernelChecks = NO_CHECKS, clip: Sequence[ClipScore] = ()
+) -> None:
     """report.md, report.json and, where any run gave a result, report.png in `out`."""
-    (out / "report.md").write_text(markdown(evaluation, kernels), encoding="utf-8")
-    text = json.dumps(to_json(evaluation, kernels), indent=1, ensure_ascii=False) + "\n"
+    (out / "report.md").write_text(markdown(evaluation, kernels, clip), encoding="utf-8")
+    text = json.dumps(to_json(evaluation, kernels, clip), indent=1, ensure_ascii=False) + "\n"
     (out / "report.json").write_text(text, encoding="utf-8")
     if any(not row.failed for row in evaluation.rows):
         from deconv.evaluation.plots import write_page  # loads matplotlib
@@ -126,6 +136,16 @@ def _kernel_tables(kernels: KernelChecks) -> list[str]:
                   "Inner products of all pairs; the paper: 0.73 between patients, 0.93 ± 0.04 between phantoms.", "",
                   *_table(("method", "PSF", "measurements", "mean", "sd"), rows), ""]
     return lines
+
+
+def _clip_table(clip: Sequence[ClipScore]) -> list[str]:
+    """Cases down, methods across; of several seeds the mean."""
+    cases, methods = (list(dict.fromkeys(getattr(one, name) for one in clip)) for name in ("case_label", "method"))
+    body = []
+    for case in cases:
+        cells = [[one.value for one in clip if (one.case_label, one.method) == (case, method)] for method in methods]
+        body.append((case, *(f"{sum(values) / len(values):.3f}" if values else "-" for values in cells)))
+    return _table(("case", *methods), body)
 
 
 def _case_tables(rows: Sequence[Row]) -> list[str]:

@@ -25,6 +25,8 @@ def evaluate(
         min=0.0, max=1.0, help="Include `paper`, with this part of its schedule; the whole takes hours.")] = None,
     kernels: Annotated[bool, typer.Option(
         "--kernels", help="Find the paper's pseudo-kernels again, too: four more runs of every blind method.")] = False,
+    clip_weights: Annotated[Path | None, typer.Option(
+        help="RN50.pt of OpenAI's CLIP, which you supply: CLIP-IQA of every image, too.")] = None,
     merge: Annotated[list[Path] | None, typer.Option(help="Take over rows of another --out folder.")] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -32,13 +34,17 @@ def evaluate(
     from deconv import evaluation
     from deconv.evaluation import report
     from deconv.evaluation.kernels import kernel_checks
+    from deconv.evaluation.pictures import clip_scores
+    from deconv.quality.clip_iqa import load_encoder
 
     try:
         plan = evaluation.plan_of(
             suites=_words(suite), phantoms=_words(phantoms), methods=_words(methods), seeds=_words(seeds),
             paper_fraction=paper_fraction, device=device, threads=threads, fresh=not resume)
-    except ValueError as error:
+        encoder = load_encoder(clip_weights, device=device) if clip_weights else None  # before hours of work
+    except (ValueError, FileNotFoundError) as error:
         raise typer.BadParameter(f"{error}") from None
+
     def say(line: str) -> None:
         console(err=True).print(line, markup=False, soft_wrap=True)
 
@@ -47,11 +53,12 @@ def evaluate(
         say(f"{store.merge(folder)} rows taken over from {folder}")
     found = evaluation.evaluate(plan, store, say=say)
     checks = kernel_checks(found, pseudo=kernels, say=say)
-    report.write(found, out, checks)
+    scores = clip_scores(found, encoder, say=say) if encoder else ()
+    report.write(found, out, checks, scores)
     if as_json:
-        print_json({"folder": str(out), **report.to_json(found, checks)})
+        print_json({"folder": str(out), **report.to_json(found, checks, scores)})
     else:
-        typer.echo(report.markdown(found, checks))
+        typer.echo(report.markdown(found, checks, scores))
         typer.echo(f"report.md, report.json and report.png lie in {out}")
 
 

@@ -1,9 +1,9 @@
-"""The paper's validations of kernels, and the page of pictures."""
+"""The paper's validations of kernels and pictures, and the page of pictures."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import deconv
 from deconv import Deconvolution, Volume
 from deconv.evaluation import Case, Evaluation, Plan, Store, evaluate
 from deconv.evaluation.kernels import kernel_checks
+from deconv.evaluation.pictures import clip_scores
 from deconv.evaluation.plots import page
 from deconv.evaluation.report import markdown, to_json
 from deconv.interpolate import doubled_nearest
@@ -106,6 +107,36 @@ def test_the_report_tells_both_and_the_uncertainty(found: Evaluation) -> None:
     assert "Pseudo-kernels found again" in text and "Kernels of several measurements" in text
     assert "within 1 sd" in text and "Seed-to-seed spread" in text
     assert len(to_json(found, checks)["kernels"]["recovered"]) == 4
+
+
+class Bright:
+    """An encoder to which bright is good."""
+
+    scale = 1.0
+
+    def images(self, batch: np.ndarray) -> np.ndarray:
+        light = batch.mean(axis=(1, 2, 3)) - batch.min()
+        return np.stack([light, np.ones_like(light)], axis=1)
+
+    def texts(self, captions: Sequence[str]) -> np.ndarray:
+        return np.eye(2)
+
+
+def test_clip_iqa_is_told_for_every_image_and_the_truth(found: Evaluation) -> None:
+    """Brighter images score higher, on the truth's scale; the report has a row for every case."""
+    scores = {(one.case_label, one.method, one.seed): one.value for one in clip_scores(found, Bright())}
+    assert len(scores) == len(found.rows) + len(found.plan.cases)
+    row = next(row for row in found.rows if row.method == "cubic")
+    arrays = found.store.arrays(row.key)
+    assert arrays is not None
+    found.store.add(row, replace(arrays, image=0.5 * arrays.image))
+    darker = {(one.case_label, one.method, one.seed): one.value for one in clip_scores(found, Bright())}
+    changed = {key for key in scores if scores[key] != darker[key]}
+    assert changed == {(row.case_label, "cubic", row.seed)}
+    assert all(darker[key] < scores[key] for key in changed)
+    text = markdown(found, clip=clip_scores(found, Bright()))
+    assert "## CLIP-IQA" in text and f"| {HEAD.label} | " in text
+    assert "## CLIP-IQA" not in markdown(found)
 
 
 def test_the_page_shows_what_was_run(found: Evaluation, tmp_path: Path) -> None:

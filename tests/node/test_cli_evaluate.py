@@ -41,7 +41,7 @@ def test_a_second_run_takes_what_is_there_and_json_is_pure(run):
 
 
 @pytest.mark.parametrize("wrong", [("--suite", "huge"), ("--methods", "wiener"), ("--phantoms", "cube"),
-                                   ("--seeds", "one"), ("--paper-fraction", "0")])
+                                   ("--seeds", "one"), ("--paper-fraction", "0"), ("--clip-weights", "nowhere.pt")])
 def test_a_wrong_name_is_a_usage_error_in_a_sentence(wrong, tmp_path):
     """Exit code 2, nothing written, no traceback."""
     result = evaluate(*wrong, "--out", tmp_path / "out")
