@@ -9,6 +9,7 @@ What is said, or how it ends, becomes the job's next state:
     built      moved to derived/JOB and entered with its deliveries
     refused    held for a person, with reason and remedy: trying again would refuse again
     failed, died, hung     another attempt after a wait that doubles; held once `attempts` are used up
+    out of memory, GPU fault   the same, each with half the memory where the method can do with less (`memory_gb`)
     lost       what ran it went away: queued again after a wait, not counted as an attempt
     we are told to stop    queued again, not counted as an attempt
 
@@ -29,7 +30,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dicomnode import __version__
+from dicomnode import __version__, identity
 from dicomnode.config import Config, Route
 from dicomnode.errors import NotFound, TransitionRefused
 from dicomnode.ledger import Ledger
@@ -46,6 +47,10 @@ LONGEST_WAIT_S = 3600.0  # between two attempts
 LEDGER_WAIT_S = 10.0
 POLL_S = 0.25
 GRACE_S = 3.0  # to leave by itself after its last word
+MORE_MEMORY = "Remedy: free memory, use a larger machine or choose a smaller region in the route's settings, then"
+REMEDIES = {"memory": MORE_MEMORY, "killed": MORE_MEMORY,
+            "device": "Remedy: look at the GPU (nvidia-smi, the kernel's log for Xid), then"}
+FullSettings = Callable[[str, str, Mapping[str, Any]], Mapping[str, Any]]
 
 log = get_logger(__name__)
 
@@ -57,13 +62,15 @@ class Executor:
     runner     works the orders off; None: a child process on that device.
     may_start  whether jobs of the route with that name may start now; None: always.
     beat       called again and again while it gets on, also while a job runs.
+    full_settings  all settings of a method's preset; asks a child process unless told otherwise.
     """
 
     def __init__(self, config: Config, ledger: Ledger, spool: Spool, *, device: str | None = None, name: str = "",
                  runner: Runner | None = None, may_start: Callable[[str], bool] | None = None,
-                 beat: Callable[[], None] = lambda: None, clock: Callable[[], float] = time.time) -> None:
+                 beat: Callable[[], None] = lambda: None, full_settings: FullSettings = identity.full_settings,
+                 clock: Callable[[], float] = time.time) -> None:
         self._config, self._ledger, self._spool, self._clock = config, ledger, spool, clock
-        self._may_start, self._beat = may_start, beat
+        self._may_start, self._beat, self._full_settings = may_start, beat, full_settings
         self.device = device or config.work.device
         self.name = name or f"{os.uname().nodename}:{os.getpid()}:{self.device}"
         self.job_id: int | None = None
@@ -76,7 +83,8 @@ class Executor:
     def recover(self) -> int:
         """At start, when no other worker can be alive: what is still `running` was lost with the last one; how many.
 
-        Such a job is queued again at once and the attempt is not counted; one that is lost again and again is held.
+        Such a job is queued again and the attempt is not counted: at once, but one that is lost again lets others go
+        first, for it may be what ends the worker. One that is lost again and again is held.
         """
         lost = self._ledger.running_jobs()
         for job in lost:
@@ -85,9 +93,16 @@ class Executor:
                 self._hold(job["id"], "worker-lost", f"the worker died {times} times while this job ran. Remedy: look "
                            f"at memory and the log, then `dicomnode retry job:{job['id']}`")
                 continue
-            self._ledger.set_job(job["id"], "queued", now=self._clock(), code="worker-lost",
+            now, wait = self._clock(), 0.0
+            if times > 1 and self._others_wait(job["id"], now):
+                wait = min(LONGEST_WAIT_S, self._config.work.retry_s * 2.0 ** (times - 2))
+            self._ledger.set_job(job["id"], "queued", now=now, code="worker-lost", run_after=now + wait,
                                  reason="the worker ended while the job ran", attempts=max(0, job["attempts"] - 1))
         return len(lost)
+
+    def _others_wait(self, job_id: int, now: float) -> bool:
+        return bool(self._ledger.query("SELECT 1 FROM job WHERE state IN ('queued', 'failed') AND run_after <= ? "
+                                       "AND id != ? LIMIT 1", (now, job_id)))
 
     def run(self, stop: threading.Event, retire: threading.Event | None = None) -> None:
         """Claim and run jobs until `stop` is set, which puts a running job back, or `retire`, which lets it end."""
@@ -147,7 +162,7 @@ class Executor:
             "guide_required": route is not None and route.guide == "require",
             "method": job["method"],
             "preset": job["preset"],
-            "settings": job["settings"],
+            "settings": {**job["settings"], **({"memory_gb": job["memory_gb"]} if job["memory_gb"] else {})},
             "checkpoints": str(self._checkpoints(job)),
             # The time of the job, not of the attempt: a repeat writes the same bytes under the same UIDs.
             "now": job["created_at"],
@@ -239,11 +254,13 @@ class Executor:
             shutil.rmtree(self._checkpoints(job), ignore_errors=True)
         if kind == "built":
             self._keep(job, folder / "derived.tmp", outcome["report"])
+        elif kind == "refused" and outcome["code"] == "method" and job["memory_gb"]:
+            self._hold(job["id"], "memory", f"{outcome['reason']}. {MORE_MEMORY} `dicomnode retry job:{job['id']}`")
         elif kind == "refused":
             self._hold(job["id"], outcome["code"], f"{outcome['reason']}. Remedy: {outcome['remedy']}",
                        report=outcome.get("report"))
         elif kind in ("failed", "hung"):
-            self._failed(job, outcome["reason"])
+            self._failed(job, outcome["reason"], outcome.get("code", ""))
         elif kind == "lost":
             self._again(job, outcome["reason"], code=outcome.get("code", "runner-lost"))
         elif kind == "stopped":
@@ -292,7 +309,8 @@ class Executor:
             log.info("job was taken away after it was built", action="job_taken", job=job["id"])
 
     def _hold(self, job_id: int, code: str, reason: str, **columns: Any) -> None:
-        self._ledger.set_job(job_id, "held", now=self._clock(), code=code, reason=reason, **columns)
+        """For a person; a later `retry` begins with all the memory that the settings allow."""
+        self._ledger.set_job(job_id, "held", now=self._clock(), code=code, reason=reason, memory_gb=None, **columns)
         log.warning("job held", action="job_held", job=job_id, code=code, reason=reason)
 
     def _again(self, job: dict[str, Any], reason: str, *, code: str) -> None:
@@ -301,17 +319,38 @@ class Executor:
         self._ledger.set_job(job["id"], "queued", now=now, code=code, reason=reason, progress=None,
                              run_after=now + self._config.work.retry_s, attempts=max(0, job["attempts"] - 1))
 
-    def _failed(self, job: dict[str, Any], reason: str) -> None:
-        """Another attempt later, or held once all are used up."""
+    def _failed(self, job: dict[str, Any], reason: str, code: str = "") -> None:
+        """Another attempt later, or held once all are used up. code: "memory", "device", "killed" (runner.py) or ""."""
         attempts, work = job["attempts"], self._config.work
         if attempts >= work.attempts:
-            self._hold(job["id"], "attempts", f"{reason} (attempt {attempts} of {work.attempts}). Remedy: look at the "
-                       f"log, then `dicomnode retry job:{job['id']}`")
+            remedy = REMEDIES.get(code, "Remedy: look at the log, then")
+            self._hold(job["id"], code if code in ("memory", "device") else "attempts",
+                       f"{reason} (attempt {attempts} of {work.attempts}). {remedy} `dicomnode retry job:{job['id']}`")
             return
+        less = self._less_memory(job, code)
         wait = min(LONGEST_WAIT_S, work.retry_s * 2.0 ** (attempts - 1))
-        self._ledger.set_job(job["id"], "failed", now=self._clock(), code="attempt", run_after=self._clock() + wait,
-                             reason=f"{reason} (attempt {attempts} of {work.attempts}; again in {wait:g} s)")
+        again = f"again in {wait:g} s" + (f" with {less:g} GB" if less else "")
+        self._ledger.set_job(job["id"], "failed", now=self._clock(), code=code or "attempt",
+                             run_after=self._clock() + wait, memory_gb=less or job["memory_gb"],
+                             reason=f"{reason} (attempt {attempts} of {work.attempts}; {again})")
         log.warning("attempt failed", action="job_failed", job=job["id"], attempt=attempts, reason=reason)
+
+    def _less_memory(self, job: dict[str, Any], code: str) -> float | None:
+        """What the next attempt may use: half, where memory lacked or the GPU failed and the method can do with less.
+
+        Who kills a child is unknown, unless it was the kernel: only a second time it is taken for a lack of memory.
+        """
+        again = job["attempts"] > 1 and self._ledger.count_events(job["id"], code="killed") > 0
+        if code not in ("memory", "device") and not (code == "killed" and again):
+            return None
+        try:
+            settings = self._full_settings(job["method"], job["preset"], job["settings"])
+        except (identity.SettingsRefused, identity.SettingsUnknown) as error:
+            log.warning("the next attempt may use as much memory", action="memory_unknown", job=job["id"],
+                        reason=str(error))
+            return None
+        present = job["memory_gb"] or settings.get("memory_gb")
+        return None if present is None else float(present) / 2
 
 
 def _fsync_file(path: Path) -> None:

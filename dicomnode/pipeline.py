@@ -32,7 +32,7 @@ from deconv.metrics import kernel_fwhm_mm
 from deconv.safeguards import Gate, gates
 from dicomnode.daskclient import ClusterUnavailable, WorkerLost
 from dicomnode.daskclient import deconvolve as deconvolve_on_cluster
-from dicomnode.process import tie_to_parent
+from dicomnode.process import die_first, tie_to_parent, trouble
 from dicomnode.remote import Computed
 from dicomnode.uncertainty import UNCERTAINTY_FILE
 from dicomnode.uncertainty import save as save_uncertainty
@@ -334,6 +334,7 @@ def main(arguments: Sequence[str]) -> int:
     if arguments[0] == "--settings":
         return _tell_settings(*arguments[1:])
     tie_to_parent()
+    die_first()
     reporter = _Reporter(os.fdopen(os.dup(1), "w", encoding="utf-8"))
     os.dup2(2, 1)  # what libraries print must not come between our lines
     threading.Thread(target=_leave_at_end_of_input, daemon=True).start()
@@ -346,11 +347,12 @@ def main(arguments: Sequence[str]) -> int:
                       report=refusal.report)
     except Refused as refusal:
         reporter.line(kind="refused", code=refusal.code, reason=refusal.reason, remedy=refusal.remedy)
-    except (ClusterUnavailable, WorkerLost) as trouble:
-        reporter.line(kind="lost", code=trouble.code, reason=str(trouble))
+    except (ClusterUnavailable, WorkerLost) as gone:
+        reporter.line(kind="lost", code=gone.code, reason=str(gone))
     except Exception as error:
         traceback.print_exc()
-        reporter.line(kind="failed", reason=f"{type(error).__name__}: {error}"[:500])
+        text = f"{type(error).__name__}: {error}"[:500]
+        reporter.line(kind="failed", reason=text, code="memory" if isinstance(error, MemoryError) else trouble(text))
     return 0
 
 

@@ -1,15 +1,18 @@
 """Processes: end with the parent, end on SIGTERM, tell the service manager. Linux; needs the standard library only.
 
     tie_to_parent   the kernel kills us when the parent dies, however it dies (prctl(2), PR_SET_PDEATHSIG)
+    die_first       the kernel takes us first where memory runs out
     stop_on_signals SIGTERM and SIGINT set an event
     on_hangup       SIGHUP calls a function
     notify          one line to systemd's socket (sd_notify(3)): READY=1, WATCHDOG=1, STOPPING=1
     end             SIGTERM to a process group, then SIGKILL
+    trouble         what a message says of memory and GPU
     Pulse           which threads of this process have shown that they get on, and which are late
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -18,12 +21,16 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 
-__all__ = ["PARENT_VARIABLE", "Pulse", "end", "notify", "on_hangup", "stop_on_signals", "tie_to_parent",
-           "watchdog_interval_s"]
+__all__ = ["PARENT_VARIABLE", "Pulse", "die_first", "end", "notify", "on_hangup", "stop_on_signals",
+           "tie_to_parent", "trouble", "watchdog_interval_s"]
 
 PARENT_VARIABLE = "DICOMNODE_PARENT"  # process id of the supervisor, handed to its children
+LACKS_MEMORY = ("MemoryError", "out of memory", "bad_alloc", "can't allocate memory", "Cannot allocate memory",
+                "ALLOC_FAILED")
+GPU_FAULTS = ("CUDA error", "CUBLAS_STATUS", "CUDNN_STATUS", "cuDNN error", "CUFFT_", "cuFFT error")
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
@@ -39,6 +46,13 @@ def tie_to_parent() -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
     if os.getppid() != int(parent):
         os._exit(1)
+
+
+def die_first() -> None:
+    """Have the kernel choose us before others where memory runs out (proc(5), oom_score_adj): a job can be repeated,
+    the receiver must live. Without /proc nothing changes."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("800", encoding="ascii")
 
 
 def stop_on_signals() -> threading.Event:
@@ -96,6 +110,19 @@ def end(child: subprocess.Popen, *, grace_s: float) -> int:
         except subprocess.TimeoutExpired:
             continue
     return child.wait()
+
+
+def trouble(text: str) -> str:
+    """What an error message or the end of a log says of memory and GPU: "memory", "device" or "".
+
+    >>> trouble("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB")
+    'memory'
+    >>> trouble("RuntimeError: CUDA error: an illegal memory access was encountered")
+    'device'
+    """
+    if any(words in text for words in LACKS_MEMORY):
+        return "memory"
+    return "device" if any(words in text for words in GPU_FAULTS) else ""
 
 
 class Pulse:

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dicomnode.logs import get_logger
-from dicomnode.process import PARENT_VARIABLE, end
+from dicomnode.process import PARENT_VARIABLE, end, trouble
 
 __all__ = ["LAST_WORDS", "ChildRunner", "Ending", "Runner", "Running"]
 
@@ -45,7 +45,8 @@ class Ending:
     """How a run ended, for the case that it said no last word.
 
     reason   in words.
-    code     "memory": it ran out of memory; "killed": by somebody unknown, perhaps for lack of memory; "": otherwise.
+    code     "memory": it ran out of memory; "device": the GPU failed; "killed": by somebody unknown, perhaps for lack
+             of memory; "": otherwise.
     stopped  it was asked to end (SIGTERM), by somebody else than us.
     """
 
@@ -161,9 +162,9 @@ class _Child:
     def _ending(self, status: int, text: str, *, asked: bool) -> Ending:
         last = text.splitlines()[-1][:300] if text else "it said nothing"
         if status >= 0:
-            return Ending(f"the pipeline ended with status {status}: {last}")
+            return Ending(f"the pipeline ended with status {status}: {last}", trouble(text[-4000:]))
         name = signal.Signals(-status).name if -status in {*signal.Signals} else str(-status)
-        code = hint = ""
+        code, hint = trouble(text[-4000:]), ""
         if status == -signal.SIGKILL and not asked:
             by_kernel = _kernel_kills() > self._kills
             code, hint = ("memory", " for lack of memory") if by_kernel else ("killed", ", perhaps for lack of memory")

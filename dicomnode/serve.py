@@ -42,8 +42,8 @@ __all__ = ["PARTS", "Part", "foreground", "run"]
 PARTS = ("receive", "work")
 READY = "ready"
 ALIVE = "alive"
-ALIVE_VARIABLE = "DICOMNODE_ALIVE"  # set for the children: they are to print `alive`
-ALIVE_S = 5.0  # so often
+ALIVE_VARIABLE = "DICOMNODE_ALIVE_S"  # for the children: how often they are to print `alive`
+ALIVE_S = 5.0
 #: A part that does not say for so long that it is alive is ended. The first time may take longer: libraries are loaded.
 SILENT_S, FIRST_SILENT_S = 60.0, 300.0
 POLL_S = 0.2
@@ -74,7 +74,7 @@ def foreground(name: str, part: Part, config_path: Path) -> None:
     reloader = Reloader(config_path, config, part=name)
     on_hangup(reloader.ask)
     configure(config.node)
-    with _Watchdog(pulse, alive=bool(os.environ.get(ALIVE_VARIABLE))):
+    with _Watchdog(pulse, alive_s=float(os.environ.get(ALIVE_VARIABLE, "0"))):
         part(config, stop=stop, ready=_say_ready, pulse=pulse, reloader=reloader)
         notify("STOPPING=1")
 
@@ -119,7 +119,7 @@ class _Child:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "dicomnode", self.name, "--config", str(self.config_path)],
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True,
-            env={**os.environ, PARENT_VARIABLE: str(os.getpid()), ALIVE_VARIABLE: "1", "NOTIFY_SOCKET": ""},
+            env={**os.environ, PARENT_VARIABLE: str(os.getpid()), ALIVE_VARIABLE: str(ALIVE_S), "NOTIFY_SOCKET": ""},
         )
         self.silent_at, self.ender, self.reload = time.monotonic() + FIRST_SILENT_S, None, False
         self.ready, self._line, self.starts = False, b"", self.starts + 1
@@ -219,15 +219,15 @@ class _Supervisor:
 
 class _Watchdog:
     """Tells whoever watches us that we live, as long as all threads get on: systemd where WatchdogSec= asks for it, and
-    with `alive` the supervisor, by a line on standard output."""
+    the supervisor by a line on standard output every `alive_s` seconds; 0: there is none."""
 
-    def __init__(self, pulse: Pulse, *, alive: bool = False) -> None:
-        self._pulse, self._alive = pulse, alive
+    def __init__(self, pulse: Pulse, *, alive_s: float = 0.0) -> None:
+        self._pulse, self._alive_s = pulse, alive_s
         self._over = threading.Event()
         self._silent: frozenset[str] = frozenset()
 
     def __enter__(self) -> None:
-        waits = [wait for wait in (watchdog_interval_s(), ALIVE_S if self._alive else None) if wait is not None]
+        waits = [wait for wait in (watchdog_interval_s(), self._alive_s) if wait]
         if waits:
             threading.Thread(target=self._watch, args=(min(waits),), name="watchdog", daemon=True).start()
 
@@ -249,6 +249,6 @@ class _Watchdog:
         if late:
             return
         notify("WATCHDOG=1")
-        if self._alive:
+        if self._alive_s:
             with contextlib.suppress(OSError):  # the supervisor is gone, and the kernel is about to end us
                 os.write(1, f"{ALIVE}\n".encode())

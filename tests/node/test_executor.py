@@ -24,7 +24,7 @@ from dicomnode.runner import ChildRunner
 from dicomnode.schedule import sweep_work
 from dicomnode.work import run as work
 from tests.factories import pet_series
-from tests.node.line import PET_ROUTE, Line
+from tests.node.line import PET_ROUTE, Line, full_settings_here
 from tests.peers import REPOSITORY, StoragePeer, wait_until
 
 ROUTE = PET_ROUTE + 'guide = "never"\n'
@@ -50,18 +50,19 @@ def line(tmp_path: Path) -> Iterator[Line]:
 
 def child(line: Line, program: str) -> Executor:
     """An executor whose child is `program`."""
-    return Executor(line.config, line.ledger, line.spool, clock=line.clock,
+    return Executor(line.config, line.ledger, line.spool, clock=line.clock, full_settings=full_settings_here,
                     runner=ChildRunner(command=(sys.executable, "-I", "-c", PRELUDE + program)))
 
 
-def queued(line: Line) -> int:
+def queued(line: Line, method: str = "nearest", *, identity: str = "id") -> int:
     """A queued job of a received series."""
     uid = line.receive(pet_series())
     row = line.ledger.series(uid)
-    line.ledger.set_series(uid, "complete", now=line.now)
+    if row["state"] == "receiving":
+        line.ledger.set_series(uid, "complete", now=line.now)
     inputs = tuple(one["sop_instance_uid"] for one in line.ledger.instances(uid))
-    return line.ledger.add_job(NewJob("id", uid, row["study_uid"], None, "all-pet", "nearest", "default", {}, ("PACS",),
-                                      inputs), now=line.now)
+    return line.ledger.add_job(NewJob(identity, uid, row["study_uid"], None, "all-pet", method, "default", {},
+                                      ("PACS",), inputs), now=line.now)
 
 
 def attempt(line: Line, executor: Executor, stop: threading.Event | None = None) -> dict[str, Any]:
@@ -136,14 +137,14 @@ def test_what_is_refused_is_held_at_once_with_reason_and_remedy(line: Line) -> N
     assert job["reason"] == "a slice is missing. Remedy: send it"
 
 
-@pytest.mark.parametrize(("program", "reason"), [
-    ("os.kill(os.getpid(), signal.SIGKILL)", "SIGKILL, perhaps for lack of memory"),
-    ("os.kill(os.getpid(), signal.SIGSEGV)", "SIGSEGV"),
-    ("sys.exit('CUDA error: an illegal memory access')", "CUDA error"),
-    ("sys.exit(0)", "status 0"),
-    ('say(kind="failed", reason="OutOfMemoryError: 2 GiB")', "OutOfMemoryError"),
+@pytest.mark.parametrize(("program", "reason", "code"), [
+    ("os.kill(os.getpid(), signal.SIGKILL)", "SIGKILL, perhaps for lack of memory", "attempts"),
+    ("os.kill(os.getpid(), signal.SIGSEGV)", "SIGSEGV", "attempts"),
+    ("sys.exit('CUDA error: an illegal memory access')", "CUDA error", "device"),
+    ("sys.exit(0)", "status 0", "attempts"),
+    ('say(kind="failed", code="memory", reason="OutOfMemoryError: 2 GiB")', "OutOfMemoryError", "memory"),
 ])
-def test_a_child_that_dies_is_tried_again_later_then_held(line: Line, program: str, reason: str) -> None:
+def test_a_child_that_dies_is_tried_again_later_then_held(line: Line, program: str, reason: str, code: str) -> None:
     """Killed, crashed, ended without a word, failed: attempt by attempt with a wait, held after the last."""
     queued(line)
     executor = child(line, program)
@@ -152,9 +153,99 @@ def test_a_child_that_dies_is_tried_again_later_then_held(line: Line, program: s
     assert line.ledger.claim("w", now=line.now + 59, lease_s=5) is None, "not before retry_s"
     line.now += 61
     job = attempt(line, executor)
-    assert (job["state"], job["code"], job["attempts"]) == ("held", "attempts", 2)
+    assert (job["state"], job["code"], job["attempts"]) == ("held", code, 2)
     assert reason in job["reason"] and "Remedy" in job["reason"]
     assert work_folders(line) == []
+
+
+LACK = """
+settings = json.loads(order.read_text())["settings"]
+print(settings, file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("ends", [
+    'say(kind="failed", code="memory", reason="MemoryError")', "sys.exit('CUDA error: launch failed')",
+    "sys.exit('terminate called after throwing an instance of std::bad_alloc')"])
+def test_each_attempt_after_a_lack_of_memory_may_use_half(tmp_path: Path, ends: str) -> None:
+    """4 GB, the method's own; then 2, then 1: said to the child and in the reason; a retry begins with 4 again."""
+    with Line(tmp_path, toml="[work]\nattempts = 3\nretry_s = 1\n", route=ROUTE) as line:
+        job_id = queued(line, "tv")
+        note = f"pathlib.Path({str(tmp_path)!r}, 'allowed').open('a').write(str(settings.get('memory_gb')) + ' ')\n"
+        executor = child(line, LACK + note + ends)
+        given = []
+        for _ in range(3):
+            given.append(attempt(line, executor)["memory_gb"])
+            line.now += 10
+        assert (tmp_path / "allowed").read_text() == "None 2.0 1.0 "
+        assert given == [2.0, 1.0, None]
+        job = line.ledger.job(job_id)
+        assert job["state"] == "held" and job["code"] in ("memory", "device") and "Remedy" in job["reason"]
+
+
+def test_a_method_that_cannot_do_with_less_is_tried_as_it_is(line: Line) -> None:
+    """It has no such setting; nothing is added to its settings."""
+    queued(line)
+    job = attempt(line, child(line, 'say(kind="failed", code="memory", reason="MemoryError")'))
+    assert (job["state"], job["code"], job["memory_gb"]) == ("failed", "memory", None)
+
+
+def test_only_a_second_kill_by_somebody_unknown_is_taken_for_a_lack_of_memory(tmp_path: Path) -> None:
+    """One kill -9 must not change the image; two are no accident."""
+    with Line(tmp_path, toml="[work]\nattempts = 4\nretry_s = 1\n", route=ROUTE) as line:
+        queued(line, "tv")
+        executor, given = child(line, "os.kill(os.getpid(), signal.SIGKILL)"), []
+        for _ in range(3):
+            given.append(attempt(line, executor)["memory_gb"])
+            line.now += 10
+        assert given == [None, 2.0, 1.0]
+
+
+def test_memory_too_small_for_the_smallest_tile_holds_the_job_for_memory(line: Line) -> None:
+    """The method refuses the halved memory: the person reads of memory, not of a wrong setting."""
+    job_id = queued(line, "tv")
+    attempt(line, child(line, 'say(kind="failed", code="memory", reason="MemoryError")'))
+    line.now += 61
+    refuse = 'say(kind="refused", code="method", reason="the smallest tile needs 3 GB", remedy="another method")'
+    job = attempt(line, child(line, refuse))
+    assert (job["state"], job["code"], job["memory_gb"]) == ("held", "memory", None)
+    assert "3 GB" in job["reason"] and f"retry job:{job_id}" in job["reason"]
+
+
+def test_a_job_that_fails_lets_others_go_first(line: Line) -> None:
+    """Poison in the queue starves nobody: while it waits for its next attempt, the next job is taken."""
+    first = queued(line)
+    second = queued(line, identity="other")
+    assert attempt(line, child(line, "os.kill(os.getpid(), signal.SIGSEGV)"))["id"] == first
+    assert attempt(line, child(line, "build()"))["id"] == second
+
+
+def test_a_job_that_ends_its_worker_again_and_again_lets_others_go_first(line: Line) -> None:
+    """The first time it goes on at once; then only when nobody else waits, or after a wait that doubles."""
+    first, second = queued(line), queued(line, identity="other")
+    executor, claimed = child(line, "build()"), []
+    for _ in range(3):
+        job = line.ledger.claim("dead", now=line.now, lease_s=60)
+        assert job is not None
+        claimed.append(job["id"])
+        if job["id"] == second:
+            break
+        executor.recover()
+    assert claimed == [first, first, second]
+    assert line.ledger.job(first)["run_after"] == line.now + 60
+    line.ledger.set_job(second, "cancelled", now=line.now)
+    line.now += 61
+    assert line.ledger.claim("dead", now=line.now, lease_s=60)["id"] == first  # type: ignore[index]
+    executor.recover()
+    assert line.ledger.job(first)["run_after"] == line.now, "nobody else waits"
+
+
+def test_what_ran_the_job_was_lost_is_no_attempt(line: Line) -> None:
+    """A cluster that went away delays the job, nothing else."""
+    queued(line)
+    job = attempt(line, child(line, 'say(kind="lost", code="cluster-unreachable", reason="no scheduler")'))
+    assert (job["state"], job["code"], job["attempts"]) == ("queued", "cluster-unreachable", 0)
+    assert job["run_after"] == line.now + 60
 
 
 def test_waits_between_attempts_double(tmp_path: Path) -> None:

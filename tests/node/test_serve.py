@@ -28,12 +28,16 @@ class Node:
             '[[peer]]\nname = "SCANNER"\nae_title = "SCANNER"\nhost = "127.0.0.1"\n')
         self.process: subprocess.Popen[str] | None = None
 
-    def start(self, **environment: str) -> subprocess.Popen[str]:
+    def start(self, *, command: tuple[str, ...] = ("-m", "dicomnode", "serve", "--config"),
+              **environment: str) -> subprocess.Popen[str]:
         with (self.folder / "log").open("a") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "dicomnode", "serve", "--config", str(self.config)], cwd=REPOSITORY, text=True,
+                [sys.executable, *command, str(self.config)], cwd=REPOSITORY, text=True,
                 stdout=subprocess.PIPE, stderr=log, env={**os.environ, **environment})
         return self.process
+
+    def text(self) -> str:
+        return (self.folder / "log").read_text()
 
     def children(self) -> dict[str, int]:
         """Part name -> process id, from /proc."""
@@ -116,6 +120,51 @@ def test_a_killed_part_is_started_again(node: Node, part: str) -> None:
     wait_until("a new process", lambda: node.children().get(part, before[part]) != before[part], timeout_s=20)
     assert node.children()[other] == before[other]
     wait_until("C-ECHO", lambda: echo(node), timeout_s=20)
+
+
+IMPATIENT = """
+import pathlib, sys
+from dicomnode import serve
+from dicomnode.config import load
+serve.ALIVE_S, serve.SILENT_S, serve.CHILD_GRACE_S = 0.2, 2.0, 0.5
+serve.run(pathlib.Path(sys.argv[1]), load(pathlib.Path(sys.argv[1])))
+"""
+
+
+@pytest.mark.parametrize("part", ["receive", "work"])
+def test_a_part_that_hangs_is_ended_and_started_again(node: Node, part: str) -> None:
+    """Stopped by SIGSTOP it neither works nor ends: noticed by its silence; the other part lives on."""
+    running = node.start(command=("-c", IMPATIENT))
+    assert running.stdout is not None and running.stdout.readline() == "ready\n", node.text()[-3000:]
+    before = node.children()
+    os.kill(before[part], signal.SIGSTOP)
+    wait_until("a new process", lambda: node.children().get(part, before[part]) != before[part], timeout_s=30)
+    other = "work" if part == "receive" else "receive"
+    assert node.children()[other] == before[other]
+    assert f"{part} hangs: it is ended and started again" in node.text()
+    wait_until("C-ECHO", lambda: echo(node), timeout_s=20)
+
+
+def test_sighup_lets_a_new_peer_in_and_a_file_with_errors_keeps_the_old_one(node: Node) -> None:
+    """Both parts read again, no process is started anew; each wrong key is said; a new port waits for a restart."""
+    running = started(node)
+    before, text = node.children(), node.config.read_text()
+
+    def hup(new: str, said: str) -> None:
+        node.config.write_text(new)
+        times = node.text().count(said)
+        running.send_signal(signal.SIGHUP)
+        wait_until(said, lambda: node.text().count(said) >= times + 2, timeout_s=20)
+
+    assert echoscu(node.port, calling="NEWCOMER").returncode != 0
+    hup(text.replace('ae_title = "SCANNER"', 'ae_title = "NEWCOMER"'), "peer SCANNER")
+    assert echoscu(node.port, calling="NEWCOMER").returncode == 0 and not echo(node)
+    hup(text + "[work]\nretry_s = -1\nnonsense = 1\n", "work.nonsense: unknown key")
+    assert "work.retry_s: Input should be greater than or equal to 0" in node.text()
+    assert echoscu(node.port, calling="NEWCOMER").returncode == 0, "the old one stays in force"
+    hup(text.replace(f"port = {node.port}", f"port = {free_port()}"), "not before a restart: node.port")
+    assert echo(node) and echoscu(node.port, calling="NEWCOMER").returncode != 0
+    assert node.children() == before
 
 
 def test_a_port_in_use_ends_the_node_with_the_reason(node: Node) -> None:
