@@ -34,7 +34,7 @@ from typing import IO, Any
 import deconv
 from deconv import Deconvolution, Progress, Volume
 from dicomnode import __version__
-from dicomnode.process import PARENT_VARIABLE, end, tie_to_parent
+from dicomnode.process import PARENT_VARIABLE, die_first, end, tie_to_parent
 
 __all__ = ["TOPIC", "Computed", "Order", "compute", "opened", "packed", "run"]
 
@@ -190,7 +190,7 @@ def _death(code: int, text: bytes) -> str:
     lines = text.decode(errors="replace").strip().splitlines()
     last = lines[-1][:300] if lines else "it said nothing"
     if code < 0:
-        hint = ", perhaps for lack of memory" if -code == signal.SIGKILL else ""
+        hint = ", presumably out of memory" if -code == signal.SIGKILL else ""  # nobody else kills it here
         return f"the computation on the cluster was killed by signal {-code}{hint}: {last}"
     return f"the computation on the cluster ended with status {code}: {last}"
 
@@ -242,6 +242,7 @@ def _leave_at_end_of_input() -> None:
 def main() -> int:
     """Read one order from standard input, compute it, write the answer; 0 when a last word was said."""
     tie_to_parent()
+    die_first()
     speaker = _Speaker(os.fdopen(os.dup(1), "wb"))
     os.dup2(2, 1)  # what libraries print must not come between our frames
     source = os.fdopen(os.dup(0), "rb", buffering=0)

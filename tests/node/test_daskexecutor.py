@@ -25,13 +25,14 @@ import pytest
 import torch
 
 from deconv import Cancelled, Progress, Volume
-from dicomnode import daskclient, remote
+from dicomnode import daskclient, remote, troubles
 from dicomnode.daskclient import ClusterUnavailable, WorkerLost
 from dicomnode.daskexecutor import PROBE_S, WAITS, Cluster, DaskRunner, unreachable
 from dicomnode.executor import Executor
 from dicomnode.ledger import NewJob
 from dicomnode.pipeline import process
 from dicomnode.runner import ChildRunner
+from dicomnode.troubles import Machine
 from tests.factories import pet_series
 from tests.node.line import PET_ROUTE, Line
 from tests.node.test_pipeline import blurred_pet
@@ -310,6 +311,32 @@ def test_without_a_scheduler_jobs_stay_queued_say_why_and_run_when_it_is_back(tm
         assert claimed is not None and claimed["state"] == "running"
 
 
+@pytest.mark.parametrize(("state", "columns", "said"), [
+    ("queued", {"code": WAITS}, True), ("queued", {"code": ClusterUnavailable.code}, True), ("queued", {}, False),
+    ("running", {"progress": {"stage": "no worker offers GPU"}}, True), ("running", {"progress": None}, False),
+    ("running", {"progress": {"stage": "main"}}, False),
+])
+def test_a_cluster_that_keeps_jobs_waiting_is_a_trouble(tmp_path: Path, state: str, columns: dict[str, Any],
+                                                        said: bool) -> None:
+    """A person is told while jobs wait for it, and no longer once one computes."""
+    with lines(tmp_path, "a") as (line,):
+        job_id = queued(line)
+        line.ledger.set_job(job_id, state, now=line.now, **columns)
+        keys = [one.key for one in troubles.find(line.ledger, line.config, Machine(free_bytes=2**40), now=line.now)]
+        assert keys == (["cluster"] if said else [])
+
+
+def test_a_job_that_is_claimed_again_is_no_proof_that_the_cluster_is_back(tmp_path: Path) -> None:
+    """Workers of another version: the job comes and goes, the trouble stays."""
+    with lines(tmp_path, "a") as (line,):
+        job_id = queued(line)
+        line.ledger.set_job(job_id, "running", now=line.now)
+        line.ledger.set_job(job_id, "queued", now=line.now, code=ClusterUnavailable.code, reason="other version")
+        line.ledger.set_job(job_id, "running", now=line.now, progress=None)
+        found = troubles.find(line.ledger, line.config, Machine(free_bytes=2**40), now=line.now)
+        assert [one.key for one in found] == ["cluster"] and "other version" not in found[0].text
+
+
 def test_a_scheduler_that_does_not_answer_is_named_with_the_remedy() -> None:
     """Refused, unknown host, no address at all: a sentence, not an error."""
     for address in (f"tcp://127.0.0.1:{free_port()}", "tcp://no-such-host.invalid:8786", "tcp://host:port", "nonsense"):
@@ -369,7 +396,7 @@ def compute(program: str, wanted: Callable[[], bool] = lambda: True) -> dict[str
 
 
 @pytest.mark.parametrize(("program", "reason"), [
-    ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "killed by signal 9, perhaps for lack of memory"),
+    ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "killed by signal 9, presumably out of memory"),
     ("import sys; sys.exit('CUDA error: an illegal memory access')", "status 1: CUDA error"),
 ])
 def test_a_computation_that_dies_fails_its_attempt_and_not_its_worker(program: str, reason: str) -> None:
