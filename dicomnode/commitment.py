@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from dicomnode.ledger import Ledger
 from dicomnode.logs import get_logger
 
-__all__ = ["PROVEN", "REASONS", "answered", "enter", "in_words", "refused", "uncommitted"]
+__all__ = ["PROVEN", "REASONS", "answered", "enter", "in_words", "proven", "report", "unanswered",
+           "uncommitted"]
 
 #: FailureReason (0008,1197): PS3.3 C.14.1.1
 REASONS: Mapping[int, str] = {
@@ -47,20 +49,49 @@ def uncommitted(ledger: Ledger, delivery_id: int) -> list[str]:
         "ORDER BY sop_instance_uid", (delivery_id,))]
 
 
+def proven(ledger: Ledger, job_id: int) -> bool:
+    """Whether every peer has the derived series of a job, by the proof that it is configured to give."""
+    rows = ledger.deliveries(job_id)
+    return bool(rows) and all(row["state"] == "committed" or (row["state"], row["confirm"]) == ("delivered", "store")
+                              for row in rows)
+
+
 def enter(ledger: Ledger, delivery_id: int, *, transaction_uid: str, ae_title: str, uids: Sequence[str], now: float,
-          due_at: float) -> None:
-    """Enter a transaction that is about to be asked of the peer with that AE title."""
+          due_at: float, attempt: bool = True) -> None:
+    """Enter a transaction that is about to be asked of the peer with that AE title.
+
+    The delivery is looked at again at `due_at`, or as soon as an answer leaves something open. `attempt`: it counts as
+    one; a second transaction for the rest of the same series does not.
+    """
     with ledger.transaction() as db:
         db.execute("INSERT INTO commitment (transaction_uid, delivery_id, ae_title, items, state, asked_at, due_at) "
                    "VALUES (?, ?, ?, ?, 'asked', ?, ?)",
                    (transaction_uid, delivery_id, ae_title, json.dumps(list(uids)), now, due_at))
+        db.execute("UPDATE delivery SET proofs = proofs + ?, prove_at = ? WHERE id = ?",
+                   (int(attempt), due_at, delivery_id))
 
 
-def refused(ledger: Ledger, transaction_uid: str, state: str, reason: str) -> None:
+def unanswered(ledger: Ledger, transaction_uid: str, state: str, reason: str) -> None:
     """The peer did not take the request ("failed"), or did not answer it in time ("late"). A report still counts."""
     with ledger.transaction() as db:
         db.execute("UPDATE commitment SET state = ?, reason = ? WHERE transaction_uid = ? AND state = 'asked'",
                    (state, reason, transaction_uid))
+
+
+def report(ledger: Ledger, information: Any, *, event_type: int, calling_ae: str, now: float) -> int:
+    """The status to answer an N-EVENT-REPORT with whose Event Information (PS3.4 Table J.3-2) is this data set."""
+    try:
+        succeeded = [(str(item.ReferencedSOPClassUID), str(item.ReferencedSOPInstanceUID))
+                     for item in information.get("ReferencedSOPSequence") or ()]
+        failed = [(str(item.ReferencedSOPClassUID), str(item.ReferencedSOPInstanceUID), int(item.FailureReason))
+                  for item in information.get("FailedSOPSequence") or ()]
+        transaction_uid = str(information.TransactionUID)
+    except (AttributeError, TypeError, ValueError) as error:
+        log.warning("a storage commitment report cannot be read", action="commitment_unreadable",
+                    calling_ae=calling_ae, error=str(error)[:200])
+        return INVALID_ARGUMENT
+    return answered(ledger, transaction_uid=transaction_uid, calling_ae=calling_ae, event_type=event_type,
+                    succeeded=succeeded, failed=failed, now=now)
 
 
 def answered(ledger: Ledger, *, transaction_uid: str, calling_ae: str, event_type: int,

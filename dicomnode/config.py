@@ -70,7 +70,8 @@ class Config(Section):
             peer._node_tls = self.tls
             if peer.tls and not (self.tls.ca or peer.tls_ca or peer.certificate_sha256):
                 raise ValueError(f"peer {peer.name!r} has tls = true: set tls.ca, its tls_ca or certificate_sha256")
-            if (peer.query or peer.confirm != "store") and peer.port is None:
+            by_web = peer.confirm == "find" and peer.stow_url is not None
+            if (peer.query or (peer.confirm != "store" and not by_web)) and peer.port is None:
                 raise ValueError(f"peer {peer.name!r} is to be asked (query, confirm) and has no port")
         if self.schedule.retrieve_at is not None and not any(peer.query for peer in self.peer):
             raise ValueError("schedule.retrieve_at needs a [[peer]] with query = true")

@@ -25,7 +25,7 @@ from dicomnode.ledger import Ledger
 from dicomnode.logs import get_logger
 from dicomnode.spool import Spool
 
-__all__ = ["Deliverer", "DerivedFile", "Verdict", "backoff_s", "derived_files", "judge"]
+__all__ = ["Deliverer", "DerivedFile", "Verdict", "backoff_s", "derived_files", "judge", "stored"]
 
 BATCH = 16  # answers recorded in one transaction: what a kill -9 can make us send again
 BATCH_S = 0.5
@@ -131,7 +131,7 @@ class Deliverer:
             self._lost(job, len(files))
             return
         answered = self._ledger.statuses(row["id"])
-        left = [file.path for uid, file in files.items() if not _stored(answered.get(uid))]
+        left = [file.path for uid, file in files.items() if not stored(answered.get(uid))]
         recorder = _Recorder(self._ledger, row["id"], self._clock)
         problem = ""
         try:
@@ -235,5 +235,6 @@ def derived_files(folder: Path) -> dict[str, DerivedFile]:
     return {str(header.SOPInstanceUID): DerivedFile(path, str(header.SOPClassUID)) for path, header in headers.items()}
 
 
-def _stored(status: int | None) -> bool:
+def stored(status: int | None) -> bool:
+    """Whether the last answer to an instance says that the peer has it."""
     return status is not None and (scu.is_success(status) or scu.is_warning(status))

@@ -359,7 +359,7 @@ class Ledger:
             job = self.job(job_id)
             if job["state"] != "running" or job["lease_owner"] != owner:
                 return False
-            self.set_job(job_id, "built", now=now, built_at=now, derived_series_uid=derived_series_uid,
+            self.set_job(job_id, "built", now=now, built_at=now, derived_series_uid=derived_series_uid, purged_at=None,
                          derived_path=derived_path, derived_instances=derived_instances, report=dict(report))
             for peer in job["send_to"]:
                 db.execute("INSERT OR IGNORE INTO delivery (job_id, peer, state, next_at, created_at) "
@@ -461,6 +461,8 @@ class Ledger:
                 ("UPDATE series SET until = ? WHERE state = 'waiting' AND until > ?", (now, far)),
                 ("UPDATE job SET run_after = ? WHERE state IN ('queued', 'failed') AND run_after > ?", (now, far)),
                 ("UPDATE delivery SET next_at = ? WHERE state = 'waiting' AND next_at > ?", (now, far)),
+                ("UPDATE delivery SET prove_at = ? WHERE state = 'delivered' AND prove_at > ?", (now, far)),
+                ("UPDATE commitment SET due_at = ? WHERE state = 'asked' AND due_at > ?", (now, far)),
             ):
                 mended += db.execute(update, values).rowcount
         return mended
