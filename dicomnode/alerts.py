@@ -23,10 +23,11 @@ from dicomnode.config import Config
 from dicomnode.ledger import Ledger
 from dicomnode.logs import get_logger
 from dicomnode.notify import Outcome, Sender
+from dicomnode.sources import memo, set_memo
 from dicomnode.spool import Spool
 from dicomnode.troubles import Machine, Trouble, find
 
-__all__ = ["ALERT_S", "Alerter", "Notifier", "compose", "memo", "put_memo", "starts"]
+__all__ = ["ALERT_S", "Alerter", "Notifier", "compose", "starts"]
 
 ALERT_S = 20.0  # how often a worker ticks it
 MESSAGES_AN_HOUR = 6
@@ -138,7 +139,7 @@ class Alerter:
             if self._notifier is not None:
                 self._notifier.close()
             if clean:
-                put_memo(self._ledger, RUNNING, "")
+                set_memo(self._ledger, RUNNING, "")
 
     # --- what is there
 
@@ -147,8 +148,8 @@ class Alerter:
         with self._ledger.transaction():
             died = memo(self._ledger, RUNNING) == "yes"
             times = (*(at for at in starts(self._ledger)[-19:] if at <= now + AHEAD_S), now)
-            put_memo(self._ledger, STARTS, json.dumps(times))
-            put_memo(self._ledger, RUNNING, "yes")
+            set_memo(self._ledger, STARTS, json.dumps(times))
+            set_memo(self._ledger, RUNNING, "yes")
             self._ledger.event("node", now=now, code="started",
                                reason="after an end that nobody asked for" if died else "")
         return times, died
@@ -238,7 +239,7 @@ class Alerter:
         if day is None:
             return
         if not memo(self._ledger, DIGEST):  # the first start: there is no day to look back on
-            put_memo(self._ledger, DIGEST, day)
+            set_memo(self._ledger, DIGEST, day)
             return
         text = digest.text(self._ledger, self._config, now=now, free_bytes=self._spool.free_bytes(), day=day)
         until = datetime.fromtimestamp(now, zone).strftime("%Y-%m-%d %H:%M")
@@ -261,7 +262,7 @@ class Alerter:
             self._told(message, now)
             return
         if message.rows:
-            put_memo(self._ledger, SENT, json.dumps([*self._sent_lately(now), now]))
+            set_memo(self._ledger, SENT, json.dumps([*self._sent_lately(now), now]))
         self._begin(message, title, body, now)
 
     def _begin(self, message: _Message, title: str, body: str, now: float) -> None:
@@ -298,7 +299,7 @@ class Alerter:
             return
         with self._ledger.transaction() as db:
             if message.digest_of:
-                put_memo(self._ledger, DIGEST, message.digest_of)
+                set_memo(self._ledger, DIGEST, message.digest_of)
                 self._ledger.event("node", now=now, code="digest", reason=message.digest_of)
             for row in message.rows:
                 over = row["resolved_at"] is not None
@@ -325,19 +326,6 @@ def compose(ae_title: str, rows: Sequence[Mapping[str, Any]]) -> tuple[str, str]
     if len(lines) > LINES:
         lines = [*lines[:LINES], f"... and {len(lines) - LINES} more: dicomnode alert"]
     return f"dicomnode {ae_title}: {', '.join(counted)}", "\n".join(lines)
-
-
-def memo(ledger: Ledger, key: str) -> str:
-    """The value kept under `key`; "" where there is none."""
-    rows = ledger.query("SELECT value FROM memo WHERE key = ?", (key,))
-    return str(rows[0]["value"]) if rows else ""
-
-
-def put_memo(ledger: Ledger, key: str, value: str) -> None:
-    """Keep `value` under `key`, durably."""
-    with ledger.transaction() as db:
-        db.execute("INSERT INTO memo VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value",
-                   (key, value))
 
 
 def starts(ledger: Ledger) -> tuple[float, ...]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from datetime import datetime, timedelta
+from datetime import date, datetime, timedelta
 from statistics import median
 from zoneinfo import ZoneInfo
 
+from dicomnode import reconcile
 from dicomnode.config import Config
 from dicomnode.ledger import Ledger
 
@@ -34,7 +35,8 @@ def text(ledger: Ledger, config: Config, *, now: float, free_bytes: int, day: st
     """The digest of the 24 hours until `now`, `day` being today; times in schedule.timezone. UIDs are not in it."""
     return "\n".join([*_came(ledger, now - DAY_S), *_done(ledger, now - DAY_S), *_waits(ledger),
                       f"disk: {free_bytes / 2**30:.1f} GiB free, watermark "
-                      f"{config.reception.low_disk_mb / 1024:.1f} GiB", *_workers(ledger, now)])
+                      f"{config.reception.low_disk_mb / 1024:.1f} GiB", *_workers(ledger, now),
+                      *_reconciled(ledger, config, now=now, day=day)])
 
 
 def _came(ledger: Ledger, since: float) -> Iterator[str]:
@@ -71,6 +73,21 @@ def _workers(ledger: Ledger, now: float) -> Iterator[str]:
     if rows:
         yield "workers: " + ", ".join(f"{row['name']} on {row['device']} ({_duration(now - row['heartbeat_at'])} ago)"
                                       for row in rows)
+
+
+def _reconciled(ledger: Ledger, config: Config, *, now: float, day: str) -> Iterator[str]:
+    """The numbers of the reconciliation; who lacks what stays in its report."""
+    if not any(peer.query for peer in config.peer):
+        return
+    found = reconcile.report(ledger, config, day=date.fromisoformat(day), now=now)
+    for source in found.sources:
+        numbers = ", ".join(f"{n} {stage}" for stage, n in source.totals().items())
+        lacking = sum(bool(study.missing) for study in source.studies)
+        asked = "; could not be asked" if source.problem else ""
+        yield (f"reconciliation with {source.source} since {found.since}: {numbers}; "
+               f"{f'{lacking} studies lack something' if lacking else 'nothing is missing'}{asked}")
+    if not found.complete:
+        yield f"see reports/{day}.txt in the data directory"
 
 
 def _duration(seconds: float) -> str:

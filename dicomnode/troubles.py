@@ -13,6 +13,8 @@ from typing import Literal
 
 from dicomnode.config import Config
 from dicomnode.ledger import Ledger
+from dicomnode.reconcile import problem_key
+from dicomnode.sources import memo
 
 __all__ = ["CERTIFICATE_LAST_DAYS", "CERTIFICATE_WARN_DAYS", "Machine", "Trouble", "find"]
 
@@ -21,6 +23,7 @@ Level = Literal["warning", "problem"]
 CERTIFICATE_WARN_DAYS, CERTIFICATE_LAST_DAYS = 30.0, 7.0
 SETTLING_S = 120.0        # what mends itself within this was never worth a message: a restart, a slow disk
 PEER_SILENT_S = 3600.0    # deliveries to a peer fail for so long
+SOURCE_SILENT_S = 900.0
 RESTARTS, RESTARTS_S = 3, 3600.0
 SLOWEST_HEARTBEATS = 6    # a worker that missed so many is stale
 LATE_CLOCK_S = 60.0
@@ -66,8 +69,8 @@ class Machine:
 
 def find(ledger: Ledger, config: Config, machine: Machine, *, now: float) -> list[Trouble]:
     """All that is wrong at `now`, the worst kind first; no key twice."""
-    return [*_machine(config, machine, now), *_workers(ledger, config, now), *_studies(ledger),
-            *_deliveries(ledger, now), *_sources(ledger)]
+    return [*_machine(config, machine, now), *_workers(ledger, config, now), *_cluster(ledger), *_studies(ledger),
+            *_deliveries(ledger, now), *_sources(ledger, config)]
 
 
 def _machine(config: Config, machine: Machine, now: float) -> Iterator[Trouble]:
@@ -112,6 +115,23 @@ def _workers(ledger: Ledger, config: Config, now: float) -> Iterator[Trouble]:
                       grace_s=SETTLING_S)
 
 
+def _cluster(ledger: Ledger) -> Iterator[Trouble]:
+    """Jobs that a Dask cluster keeps waiting: no scheduler, no worker that fits, other software there. A job that has
+    just been claimed again is not yet proof of the contrary."""
+    waiting = """
+        WITH waits AS (SELECT id, state, code, coalesce(json_extract(progress, '$.stage'), 'read') AS stage,
+            (SELECT event.code FROM event WHERE event.job_id = job.id AND event.to_state = 'queued'
+             ORDER BY event.id DESC LIMIT 1) AS before FROM job WHERE state IN ('queued', 'running'))
+        SELECT count(*) AS jobs, min(id) AS first FROM waits
+        WHERE (state = 'queued' AND code IN ('cluster', 'cluster-unreachable'))
+           OR (state = 'running' AND stage LIKE 'no worker offers%')
+           OR (state = 'running' AND stage = 'read' AND before IN ('cluster', 'cluster-unreachable'))"""
+    for row in ledger.query(waiting):
+        if row["jobs"]:
+            yield Trouble("cluster", "problem", f"the Dask cluster cannot be used, {row['jobs']} jobs wait for it. "
+                          f"Remedy: dicomnode show job:{row['first']} says why", grace_s=SETTLING_S)
+
+
 def _studies(ledger: Ledger) -> Iterator[Trouble]:
     """Series and jobs that wait for a person; those that a person put there are no news."""
     for row in ledger.query("SELECT * FROM series WHERE state = 'held' AND code != 'operator' ORDER BY last_at"):
@@ -141,7 +161,11 @@ def _deliveries(ledger: Ledger, now: float) -> Iterator[Trouble]:
                       f"{_minutes(now - row['since'])} and are tried again. Remedy: dicomnode check")
 
 
-def _sources(ledger: Ledger) -> Iterator[Trouble]:
+def _sources(ledger: Ledger, config: Config) -> Iterator[Trouble]:
+    for peer in config.peer:
+        if peer.query and memo(ledger, problem_key(peer.name)):
+            yield Trouble(f"source:{peer.name}", "warning", f"source {peer.name} cannot be asked for its studies; "
+                          "it is tried again. Remedy: dicomnode check", grace_s=SOURCE_SILENT_S)
     for row in ledger.query("SELECT source, count(*) AS n FROM source_series WHERE state = 'failed' AND wanted = 1 "
                             "GROUP BY source"):
         yield Trouble(f"source:{row['source']}:failed", "problem", f"{row['n']} series of {row['source']} could not be "

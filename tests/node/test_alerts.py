@@ -23,11 +23,13 @@ from structlog.testing import capture_logs
 from typer.testing import CliRunner, Result
 
 from dicomnode import digest, troubles
-from dicomnode.alerts import MESSAGES_AN_HOUR, Alerter, memo
+from dicomnode.alerts import MESSAGES_AN_HOUR, Alerter
 from dicomnode.cli import app
 from dicomnode.errors import ConfigError
 from dicomnode.ledger import InstanceRow, NewJob
 from dicomnode.notify import Outcome, Sender, read_urls
+from dicomnode.reconcile import problem_key
+from dicomnode.sources import memo, set_memo
 from dicomnode.troubles import Machine
 from tests.node.line import Line
 from tests.peers import wait_until
@@ -354,6 +356,18 @@ def test_a_stale_worker_and_series_that_could_not_be_fetched_are_found(line):
                    "('PACS', '1.6', '1.4', 0, 'failed', 0, 0)")
     assert list(found(line)) == ["worker:w1", "source:PACS:failed"]
     assert "1 series of PACS" in found(line)["source:PACS:failed"].text
+
+
+def test_a_source_that_cannot_be_asked_is_a_trouble_until_it_answers(tmp_path):
+    """As the nightly query writes it down."""
+    with Line(tmp_path, toml='[[peer]]\nname = "RIS"\nae_title = "RIS"\nhost = "127.0.0.1"\nport = 9\nquery = true\n'
+              ) as line:
+        set_memo(line.ledger, problem_key("RIS"), "does not answer")
+        assert list(found(line)) == ["source:RIS"]
+        assert "reconciliation with RIS" in digest.text(line.ledger, line.config, now=line.now, free_bytes=1,
+                                                        day="1970-01-01")
+        set_memo(line.ledger, problem_key("RIS"), "")
+        assert found(line) == {}
 
 
 # --- the digest
