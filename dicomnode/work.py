@@ -23,7 +23,9 @@ from dicomnode.executor import LONGEST_WAIT_S, Executor
 from dicomnode.ledger import Ledger
 from dicomnode.logs import get_logger
 from dicomnode.matcher import Matcher
+from dicomnode.nightly import NIGHTLY_S, Nightly
 from dicomnode.process import Pulse
+from dicomnode.proof import Prover
 from dicomnode.reload import Reloader
 from dicomnode.runner import ChildRunner, Runner
 from dicomnode.spool import Spool
@@ -90,13 +92,22 @@ class _Parts:
 
 
 def _parts(config: Config, ledger: Ledger, spool: Spool) -> _Parts:
-    deliverer = Deliverer(config, ledger, spool)
+    deliverer, prover = Deliverer(config, ledger, spool), Prover(config, ledger, spool)
     matcher = Matcher(config, ledger, spool)
+    nightly = Nightly(config, ledger, spool)
+
+    def close() -> None:
+        deliverer.close(CLOSE_S)
+        prover.close(CLOSE_S)
+        nightly.close(CLOSE_S)
+
     return _Parts({
         "matcher": (matcher.tick, schedule.MATCH_S),
         "deliveries": (deliverer.tick, schedule.DELIVER_S),
+        "proofs": (prover.tick, schedule.DELIVER_S),
+        "sources": (nightly.tick, NIGHTLY_S),
         "housekeeping": (lambda: _tidy(config, ledger, spool, now=time.time()), schedule.TIDY_S),
-    }, once=matcher.prepare, close=lambda: deliverer.close(CLOSE_S))
+    }, once=matcher.prepare, close=close)
 
 
 class _Rounds:
@@ -271,7 +282,7 @@ def _tidy(config: Config, ledger: Ledger, spool: Spool, *, now: float) -> None:
     """At the start and every hour: times that a wrong clock stamped, and folders that nobody owns."""
     complete = config.completeness
     waits = [complete.give_up_h * 3600, complete.ct_wait_s, 1.25 * config.delivery.retry_max_s, LONGEST_WAIT_S,
-             *(route.ct_wait_s or 0.0 for route in config.route)]
+             config.delivery.commitment_timeout_s, *(route.ct_wait_s or 0.0 for route in config.route)]
     mended = ledger.mend_times(now=now, longest_wait_s=max(waits) + complete.quiet_s + 60)
     if mended:
         log.warning("times ahead of the clock were set to now: was the clock set back?", action="times_mended",
