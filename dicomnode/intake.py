@@ -17,10 +17,12 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+from pydicom.uid import DeflatedExplicitVRLittleEndian
 
 from dicomnode.errors import CannotUnderstand, DiskFull, NodeError, TooLarge
-from dicomnode.objectindex import Incomplete, ObjectIndex, read_index, require_unpackable
+from dicomnode.objectindex import NATIVE, Incomplete, ObjectIndex, read_index, require_unpackable
 from dicomnode.sections import Reception
 from dicomnode.spool import Spool, valid_uid
 from sop.uids import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
@@ -142,15 +144,25 @@ class Intake(io.BytesIO):
         if self.request is None or self.path is None:
             raise CannotUnderstand("the request came without a data set")
         syntax = self.request.transfer_syntax_uid
-        with self.path.open("rb") as file:
-            file.seek(self.file_size - self.size)
-            try:
-                found = read_index(io.BytesIO(b"".join(self._head)), syntax, whole=self._head_size == self.size)
-            except Incomplete:
+        try:
+            found = read_index(io.BytesIO(b"".join(self._head)), syntax, whole=self._head_size == self.size)
+        except Incomplete:
+            with self._data_set() as file:
                 found = read_index(file, syntax, whole=True)
-            file.seek(self.file_size - self.size)
-            require_unpackable(found, syntax, file, size=self.size, limit=self._limits.unpacked_bytes)
+        if syntax not in NATIVE:
+            limit = self._limits.unpacked_bytes
+            if syntax == DeflatedExplicitVRLittleEndian:  # inflated, it is an object like any other
+                limit = min(limit, self._limits.object_bytes)
+            with self._data_set() as file:
+                require_unpackable(found, syntax, file, size=self.size, limit=limit)
         return found
+
+    def _data_set(self) -> BinaryIO:
+        """The file, where the data set begins."""
+        assert self.path is not None
+        file = self.path.open("rb")
+        file.seek(self.file_size - self.size)
+        return file
 
     def discard(self) -> None:
         """Forget the object and its file; harmless once the file has been moved to its place."""

@@ -72,10 +72,9 @@ class Keeper:
 
     def __init__(self, config: Config, spool: Spool, ledger: Ledger, *, calling_ae: str, address: str,
                  clock: Callable[[], float]) -> None:
-        reception = config.reception
         self._spool, self._ledger, self._clock = spool, ledger, clock
         self._calling_ae, self._address = calling_ae, address
-        self._limits = Limits(object_bytes=reception.max_object_mb * 2**20, free_bytes=reception.low_disk_mb * 2**20)
+        self._limits = Limits.of(config.reception)
         # The receiver keeps objects at the same time: the two never write the same file.
         self._committer = GroupCommitter(spool, ledger, mark=f"got{os.getpid()}")
         self.kept = 0

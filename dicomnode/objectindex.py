@@ -17,20 +17,29 @@ from pydicom.charset import convert_encodings, decode_bytes
 from pydicom.dataset import Dataset
 from pydicom.filereader import read_dataset
 from pydicom.tag import BaseTag, Tag
-from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, ImplicitVRLittleEndian
+from pydicom.uid import (
+    UID,
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+)
 
-from dicomnode.errors import CannotUnderstand
+from dicomnode.errors import CannotUnderstand, TooLarge
 
-__all__ = ["Incomplete", "ObjectIndex", "read_index"]
+__all__ = ["NATIVE", "Incomplete", "ObjectIndex", "read_index", "require_unpackable"]
 
 _INFLATED_LIMIT = 16 * 2**20  # bytes; a deflated data set that hides more before its pixels is not read further
+_PIECE = 2**20  # bytes
 _ELEMENT_LIMIT = 20_000
 _VALUE_LIMIT = 2**16  # bytes; no attribute looked for is longer
-_LAST = 0x00280008
+NATIVE = frozenset({ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian})  # nothing to unpack
+_LAST = 0x00280100
+_DEFLATE_MOST = 1032  # bytes that one byte of a deflated stream can become (RFC 1951: 258 bytes from 2 bits)
 _TAGS = {keyword: Tag(keyword) for keyword in (
     "SpecificCharacterSet", "SOPClassUID", "SOPInstanceUID", "AccessionNumber", "Modality", "SeriesDescription",
     "StudyInstanceUID", "SeriesInstanceUID", "SeriesNumber", "ImagePositionPatient", "ImageOrientationPatient",
-    "NumberOfFrames")}
+    "NumberOfFrames", "SamplesPerPixel", "Rows", "Columns", "BitsAllocated")}
 _WANTED = frozenset(_TAGS.values())
 
 
@@ -40,7 +49,10 @@ class Incomplete(Exception):
 
 @dataclass(frozen=True)
 class ObjectIndex:
-    """Identity and the attributes matching asks for; optional ones are None or "" where absent or unreadable."""
+    """Identity and the attributes matching asks for; optional ones are None or "" where absent or unreadable.
+
+    pixel_bytes   what the header promises the pixels to be, uncompressed; 0 where it promises nothing.
+    """
 
     sop_class_uid: str
     sop_instance_uid: str
@@ -53,6 +65,7 @@ class ObjectIndex:
     position: tuple[float, ...] | None
     orientation: tuple[float, ...] | None
     frames: int
+    pixel_bytes: int = 0
 
 
 def read_index(stream: BinaryIO, transfer_syntax_uid: str, *, whole: bool) -> ObjectIndex:
@@ -82,7 +95,7 @@ def read_index(stream: BinaryIO, transfer_syntax_uid: str, *, whole: bool) -> Ob
         raise CannotUnderstand(f"the data set cannot be read: {type(error).__name__}") from error
     if not reached and not whole:
         raise Incomplete
-    return _index(found)
+    return _index(found, big_endian=transfer_syntax_uid == ExplicitVRBigEndian)
 
 
 def _inflated(stream: BinaryIO) -> BinaryIO:
@@ -92,7 +105,7 @@ def _inflated(stream: BinaryIO) -> BinaryIO:
         raise CannotUnderstand(f"the deflated data set cannot be inflated: {error}") from error
 
 
-def _index(found: Dataset) -> ObjectIndex:
+def _index(found: Dataset, *, big_endian: bool) -> ObjectIndex:
     uids = {keyword: _raw(found, keyword).decode("ascii", errors="replace").rstrip(" \0") for keyword in (
         "SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID")}
     missing = [keyword for keyword, uid in uids.items() if not uid]
@@ -110,7 +123,41 @@ def _index(found: Dataset) -> ObjectIndex:
         position=_numbers(found, "ImagePositionPatient", 3),
         orientation=_numbers(found, "ImageOrientationPatient", 6),
         frames=_count(_text(found, "NumberOfFrames")),
+        pixel_bytes=_pixel_bytes(found, big_endian=big_endian),
     )
+
+
+def require_unpackable(index: ObjectIndex, transfer_syntax_uid: str, stream: BinaryIO, *, size: int,
+                       limit: int) -> None:
+    """Raises TooLarge where an object of `size` bytes would become more than `limit` bytes unpacked.
+
+    Compressed pixels are judged by what the header promises; a deflated data set (from where `stream` stands) is
+    inflated piece by piece, without keeping anything, where it is long enough to become that large.
+    """
+    syntax = UID(transfer_syntax_uid)
+    unpacked = 0
+    if syntax == DeflatedExplicitVRLittleEndian:
+        if size * _DEFLATE_MOST > limit:
+            unpacked = _inflated_size(stream, limit)
+    elif syntax.is_transfer_syntax and syntax.is_encapsulated:
+        unpacked = index.pixel_bytes
+    if unpacked > limit:
+        raise TooLarge(f"the object would unpack to more than {limit // 2**20} MiB. "
+                       "Remedy: raise reception.max_decompressed_mb, and max_object_mb for deflated ones.")
+
+
+def _inflated_size(stream: BinaryIO, limit: int) -> int:
+    """How long the data set is, or a number above `limit`."""
+    inflater, size = zlib.decompressobj(-zlib.MAX_WBITS), 0
+    try:
+        while size <= limit and not inflater.eof:
+            piece = inflater.unconsumed_tail or stream.read(_PIECE)
+            if not piece:
+                break
+            size += len(inflater.decompress(piece, _PIECE))
+    except zlib.error as error:
+        raise CannotUnderstand(f"the deflated data set cannot be inflated: {error}") from error
+    return size
 
 
 def _raw(found: Dataset, keyword: str) -> bytes:
@@ -132,6 +179,15 @@ def _text(found: Dataset, keyword: str, *, decoded: bool = False) -> str:
         except (LookupError, ValueError, TypeError, AttributeError):
             pass  # a wrong character set: the ASCII part is kept, the rest shows as replacement characters
     return re.sub(r"[\x00-\x1f\x7f\ud800-\udfff]", "", text).strip()
+
+
+def _pixel_bytes(found: Dataset, *, big_endian: bool) -> int:
+    """Rows x Columns x SamplesPerPixel x NumberOfFrames x BitsAllocated, in bytes."""
+    bits = _count(_text(found, "NumberOfFrames"))
+    for keyword, missing in (("Rows", 0), ("Columns", 0), ("SamplesPerPixel", 1), ("BitsAllocated", 16)):
+        raw = _raw(found, keyword)[:2]
+        bits *= int.from_bytes(raw, "big" if big_endian else "little") if len(raw) == 2 else missing
+    return bits // 8
 
 
 def _numbers(found: Dataset, keyword: str, count: int) -> tuple[float, ...] | None:

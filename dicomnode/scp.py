@@ -105,8 +105,7 @@ def _register_storage_classes() -> None:
 
 
 def _limits(config: Config) -> Limits:
-    reception = config.reception
-    return Limits(object_bytes=reception.max_object_mb * 2**20, free_bytes=reception.low_disk_mb * 2**20)
+    return Limits.of(config.reception)
 
 
 class Receiver:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import zlib
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from pydicom import dcmread
 from pydicom.dataset import Dataset
+from pydicom.encaps import generate_frames
 from pydicom.errors import InvalidDicomError
+from pydicom.filereader import _read_file_meta_info, read_preamble
 from pydicom.pixels import pixel_array
 from pydicom.tag import Tag
 from pydicom.uid import (
     HTJ2K,
     UID,
     AllTransferSyntaxes,
+    DeflatedExplicitVRLittleEndian,
     HTJ2KLossless,
     HTJ2KLosslessRPCL,
     JPEG2000TransferSyntaxes,
@@ -22,6 +26,7 @@ from pydicom.uid import (
     RLETransferSyntaxes,
 )
 
+from sop.codestream import declared_pixels
 from sop.errors import Refused
 from sop.header import integer, raw_elements, text
 from sop.isolated import IsolatedDecoder
@@ -42,19 +47,24 @@ DECODERS = {
     **dict.fromkeys(RLETransferSyntaxes, "pylibjpeg"),
 }
 
+# What one instance may become; a header that promises more is damaged or hostile.
+MAX_BYTES = 8 * 2**30
+MAX_DEFLATED_BYTES = 2 * 2**30
+
 RESEND = "send the instance again from the scanner or the PACS"
 
 
 def load(path: Path, *, pixels: bool) -> Dataset:
     """Read a DICOM file, without its pixel data or with little besides it.
 
-    Raises Refused "unreadable".
+    Raises Refused "unreadable", "too-large".
     """
     try:
+        _refuse_if_bomb(path)
         if pixels:
             return dcmread(path, specific_tags=NEEDED)
         header = dcmread(path, stop_before_pixels=True)
-    except MemoryError:
+    except (MemoryError, Refused):
         raise
     except FileNotFoundError as error:
         raise Refused("unreadable", f"file {path.name} is not there", "check the folder") from error
@@ -73,15 +83,20 @@ def frames_of(
 
     isolated   decodes the JPEG processes.
 
-    Unused high bits are cleared (or the sign extended). Raises Refused "truncated", "pixel-format", "undecodable".
+    Unused high bits are cleared (or the sign extended). Raises Refused "truncated", "pixel-format", "undecodable",
+    "too-large" before anything is unpacked.
     """
     if "PixelData" not in data:
         raise Refused("no-pixels", f"instance {text(data, 'SOPInstanceUID')} has no Pixel Data", RESEND)
     if bits_allocated not in (8, 16, 32) or integer(data, "SamplesPerPixel", default=1) != 1:
         raise Refused("pixel-format", f"{bits_allocated} bits and {text(data, 'SamplesPerPixel')} samples per pixel "
                       "cannot be quantitative values", "send the original grey-scale series")
+    if min(rows, columns, frames) <= 0 or rows * columns * frames * bits_allocated // 8 > MAX_BYTES:
+        raise Refused("too-large", f"instance {text(data, 'SOPInstanceUID')} promises {frames} x {rows} x {columns} "
+                      "pixels: none, or too many", RESEND)
     syntax = _syntax(data)
     if syntax.is_encapsulated:
+        _refuse_more_than_promised(data, rows * columns, frames)
         stored = _decoded(data, syntax, isolated)
     else:
         stored = _native(data, syntax, bits_allocated, rows * columns * frames)
@@ -119,6 +134,43 @@ def _native(data: Dataset, syntax: UID, bits_allocated: int, count: int) -> NDAr
         raise Refused("pixel-format", reason, RESEND)
     # Moving the value to the top drops overlay bits above it; moving it back extends the sign.
     return (stored << (bits_allocated - 1 - high)) >> (bits_allocated - used)
+
+
+def _refuse_more_than_promised(data: Dataset, pixels: int, frames: int) -> None:
+    """Each frame is looked at before a decoder allocates what it asks for."""
+    instance = text(data, "SOPInstanceUID")
+    try:
+        declared = max((declared_pixels(frame) or 0
+                        for frame in generate_frames(data.PixelData, number_of_frames=frames)), default=0)
+    except MemoryError:
+        raise
+    except Exception as error:  # as in `load`
+        raise Refused("undecodable", f"Pixel Data of instance {instance} cannot be taken apart "
+                      f"({type(error).__name__})", RESEND) from error
+    if declared > pixels:
+        raise Refused("undecodable", f"a frame of instance {instance} declares {declared} pixels, its header {pixels}",
+                      RESEND)
+
+
+def _refuse_if_bomb(path: Path) -> None:
+    """A deflated data set is inflated as a whole when it is read: not where that takes too much memory.
+
+    Short ones are not looked at: deflate makes at most 1032 bytes of one (RFC 1951).
+    """
+    if path.stat().st_size * 1032 <= MAX_DEFLATED_BYTES:
+        return
+    with path.open("rb") as file:
+        if read_preamble(file, force=False) is None:
+            return
+        meta = _read_file_meta_info(file)
+        if text(meta, "TransferSyntaxUID") != DeflatedExplicitVRLittleEndian:
+            return
+        inflater, size = zlib.decompressobj(-zlib.MAX_WBITS), 0
+        while piece := inflater.unconsumed_tail or file.read(2**20):
+            size += len(inflater.decompress(piece, 2**20))
+            if size > MAX_DEFLATED_BYTES:
+                raise Refused("too-large", f"the deflated file {path.name} would inflate to more than "
+                              f"{MAX_DEFLATED_BYTES // 2**30} GiB", RESEND)
 
 
 def _decoded(data: Dataset, syntax: UID, isolated: IsolatedDecoder) -> NDArray:
