@@ -20,6 +20,7 @@ from pathlib import Path
 from dicomnode.errors import NodeError
 from dicomnode.ledger import InstanceRow, Kept, Ledger
 from dicomnode.logs import get_logger
+from dicomnode.retention import restored
 from dicomnode.spool import Spool
 
 __all__ = ["GroupCommitter"]
@@ -62,7 +63,7 @@ class GroupCommitter:
                 target, expected = self._spool.object_path(row.study_uid, row.series_uid, row.sop_instance_uid), "new"
                 target = target.with_suffix(f".{self._mark}.dcm") if self._mark else target
             elif known["sha256"] == row.sha256:
-                self._restore(written, known)
+                self._restore(written, known, row)
                 return "repeat"
             else:
                 target, expected = self._spool.conflict_path(row.sop_instance_uid, row.sha256), "conflict"
@@ -106,12 +107,14 @@ class GroupCommitter:
                 self._busy.discard(sop_instance_uid)
                 self._turn.notify_all()
 
-    def _restore(self, written: Path, known: dict[str, object]) -> None:
-        """A resend of bytes we know heals an object that is missing or short on disk."""
+    def _restore(self, written: Path, known: dict[str, object], row: InstanceRow) -> None:
+        """A resend of bytes we know heals an object that is missing or short on disk, or was removed ([retention])."""
         place = self._spool.absolute(str(known["path"]))
-        if place.is_file() and place.stat().st_size == known["bytes"]:
+        if _whole(place, known):
             return
-        self._spool.publish(written, place)
+        with self._ledger.transaction():  # nobody removes files of the series meanwhile
+            self._spool.publish(written, place)
+            restored(self._ledger, str(known["series_uid"]), now=row.received_at, actor=row.calling_ae)
         log.warning("A stored object was missing or short and is restored from a resend.", action="object_restored",
                     sop_instance_uid=known["sop_instance_uid"])
 
@@ -135,3 +138,7 @@ class GroupCommitter:
             return
         for arrived, kept in zip(batch, outcomes, strict=True):
             arrived.outcome.set_result(kept)
+
+
+def _whole(place: Path, known: dict[str, object]) -> bool:
+    return place.is_file() and place.stat().st_size == known["bytes"]

@@ -3,6 +3,10 @@
 `Matcher.tick` looks at every series that is due, decides, and writes the decision in one transaction, unless the series
 changed while it was looked at: then the next tick looks again. What was held for a count, a conflict or late input and
 then released by a person is processed as it is; eligibility and geometry stay as they are.
+
+Input that changes after its series was sent follows late_input: hold asks a person; ignore keeps the objects and leaves
+everything as it was; supersede makes a new job once nothing has come for a time that doubles with each job of the
+series, so that a sender that stutters does not make a job of every object.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ from dicomnode.logs import get_logger
 from dicomnode.matching import Arrival, Completeness, choose_guide, completeness, eligible, geometry_of, guide_wait
 from dicomnode.operate import urgent_memo
 from dicomnode.psflibrary import PsfMissing, Resolution, resolve, settled, takes_psf
+from dicomnode.retention import missing_files
 from dicomnode.routing import first_route
 from dicomnode.sourcecount import Look, SourceCounts
 from dicomnode.spool import Spool
@@ -38,6 +43,7 @@ FullSettings = Callable[[str, str, Mapping[str, Any]], Mapping[str, Any]]
 SENT = frozenset({"sending", "delivered", "committed"})
 WAITING = frozenset({"queued", "running", "failed"})
 OVER = frozenset({"cancelled", "superseded"})
+LATE_WAIT_S = 3600.0  # the longest pause before a job follows the ones that a series has
 
 log = get_logger(__name__)
 
@@ -61,6 +67,7 @@ class _Seen:
     row: dict[str, Any]
     instances: tuple[dict[str, Any], ...]
     header: Dataset
+    missing: int  # so many of the files were removed ([retention])
 
     @property
     def uid(self) -> str:
@@ -129,9 +136,11 @@ class Matcher:
     def _see(self, row: dict[str, Any]) -> _Seen:
         """The series with one header; of the middle instance, so that a scout sent ahead does not speak for all."""
         instances = tuple(self._ledger.instances(row["series_uid"]))
-        chosen = sorted(instances, key=lambda one: one["sop_instance_uid"])[len(instances) // 2]
+        gone = frozenset(missing_files(instances, self._spool.data_dir))
+        there = [one for one in instances if one["sop_instance_uid"] not in gone] or instances
+        chosen = sorted(there, key=lambda one: one["sop_instance_uid"])[len(there) // 2]
         header = dcmread(self._spool.absolute(chosen["path"]), stop_before_pixels=True)
-        return _Seen(row, instances, header)
+        return _Seen(row, instances, header, len(gone))
 
     # --- decide
 
@@ -148,9 +157,31 @@ class Matcher:
             return _Decision("held", "conflict", _conflict_text(conflicts))
         if verdict.kind == "guide":
             return _Decision("ignored", "guide", "kept as guide for PET series of its study", is_guide=True)
-        return self._decide_pet(seen)
+        return self._ignore_late(seen) or self._decide_pet(seen)
+
+    def _ignore_late(self, seen: _Seen) -> _Decision | None:
+        """Where what came after the series was sent is to be ignored: it need not even be whole with it."""
+        if seen.row["released"] or self._late_input(
+                first_route(self._config.route, seen.header, calling_ae=seen.row["calling_ae"])) != "ignore":
+            return None
+        sent = self._sent_jobs(seen.uid)
+        late = set(seen.sop_instance_uids) - {uid for job in sent for uid in job["inputs"]}
+        if not sent or not late:
+            return None
+        return _ignoring(seen.uid, f"{len(late)} objects came after job {sent[-1]['id']} was sent")
+
+    def _late_input(self, route: Route | None) -> str:
+        return (route.late_input if route else None) or self._config.completeness.late_input
+
+    def _sent_jobs(self, series_uid: str) -> list[dict[str, Any]]:
+        return [job for job in self._ledger.jobs_of_series(series_uid)
+                if job["state"] not in OVER and self._has_sent(job)]
 
     def _decide_pet(self, seen: _Seen) -> _Decision:
+        if seen.missing:
+            return _Decision("held", "input-gone", f"{seen.missing} of {len(seen.instances)} objects were removed "
+                             "([retention]) before others came. Remedy: have the whole series sent again, then "
+                             f"`dicomnode retry {seen.uid}`; or `dicomnode cancel {seen.uid}`")
         limits = self._config.completeness
         route = first_route(self._config.route, seen.header, calling_ae=seen.row["calling_ae"])
         look = None
@@ -195,6 +226,11 @@ class Matcher:
         if any(self._may_become_guide(row, now) for row in study) and now < completed_at + wait_s:
             return _Decision("waiting", "ct", "waiting for a CT of the study that is still arriving",
                              until=min(now + self._poll_s, completed_at + wait_s))
+        gone = self._guides_gone(seen) if (route.method, route.preset) in GUIDED else []
+        if gone and not seen.row["released"]:
+            return _Decision("held", "input-gone", f"CT series {gone[0]} was removed ([retention]). Remedy: have it "
+                             f"sent again, then `dicomnode retry {seen.uid}`; or `dicomnode release {seen.uid}` "
+                             "processes the PET without it")
         guides = {guide.uid: guide for guide in self._guides(seen)}
         pet = geometry_of(seen.arrivals, seen.header)
         choice = choose_guide(pet, [geometry_of(ct.arrivals, ct.header, normal=pet.axis) for ct in guides.values()])
@@ -217,7 +253,15 @@ class Matcher:
             bool(row["is_guide"]) and now < row["last_at"] + self._config.completeness.quiet_s)
 
     def _guides(self, seen: _Seen) -> list[_Seen]:
-        return [self._see(row) for row in self._ledger.series_of_study(seen.row["study_uid"])
+        gone = self._guides_gone(seen)
+        return [self._see(row) for row in self._guide_rows(seen) if row["series_uid"] not in gone]
+
+    def _guides_gone(self, seen: _Seen) -> list[str]:
+        return [row["series_uid"] for row in self._guide_rows(seen)
+                if missing_files(self._ledger.instances(row["series_uid"]), self._spool.data_dir)]
+
+    def _guide_rows(self, seen: _Seen) -> list[dict[str, Any]]:
+        return [row for row in self._ledger.series_of_study(seen.row["study_uid"])
                 if row["is_guide"] and row["state"] == "ignored"]
 
     def _decide_job(self, seen: _Seen, route: Route, guide: _Seen | None, why: str) -> _Decision:
@@ -280,16 +324,29 @@ class Matcher:
                      reason=decision.reason)
 
     def _late(self, row: dict[str, Any], decision: _Decision) -> _Decision:
-        """Other inputs than those of a series that is out already are for a person to decide."""
+        """Other inputs than those of jobs that the series has: late_input decides over a series that is out already."""
         assert decision.job is not None
-        out = [job for job in self._ledger.jobs_of_series(row["series_uid"])
-               if job["identity"] != decision.job.identity and job["state"] not in OVER and self._has_sent(job)]
-        if not out or row["released"]:
+        uid, identity = row["series_uid"], decision.job.identity
+        before = [job for job in self._ledger.jobs_of_series(uid) if job["identity"] != identity]
+        out = [job for job in self._sent_jobs(uid) if job["identity"] != identity]
+        if not before or row["released"]:
             return decision
-        reason = (f"input changed after job {out[-1]['id']} was sent: {len(out[-1]['inputs'])} instances then, "
-                  f"{len(decision.job.inputs)} now. Remedy: `dicomnode release {row['series_uid']}` makes a new "
-                  "derived series that supersedes the one sent")
-        return replace(decision, state="held", code="late-input", reason=reason, job=None)
+        policy = self._late_input(self._config.named_route(decision.job.route))
+        changed = f"input changed after job {before[-1]['id']} was made"
+        if out:
+            changed = (f"input changed after job {out[-1]['id']} was sent: {len(out[-1]['inputs'])} instances then, "
+                       f"{len(decision.job.inputs)} now")
+        if out and policy == "hold":
+            return replace(decision, state="held", code="late-input", job=None, reason=f"{changed}. Remedy: `dicomnode "
+                           f"release {uid}` makes a new derived series that supersedes the one sent")
+        if out and policy == "ignore":
+            return _ignoring(uid, changed)
+        pause = min(LATE_WAIT_S, self._config.completeness.quiet_s * 2.0 ** min(len(before) - (not out), 40))
+        until = row["last_at"] + pause
+        if self._clock() >= until:
+            return decision
+        return replace(decision, state="waiting", code="late-input", until=until, job=None, reason=f"{changed}; a new "
+                       f"job follows when nothing has come for {pause:g} s")
 
     def _has_sent(self, job: dict[str, Any]) -> bool:
         return job["state"] in SENT or any(
@@ -315,3 +372,9 @@ def _conflict_text(conflicts: Sequence[dict[str, Any]]) -> str:
     more = f" and {len(uids) - 1} more" if len(uids) > 1 else ""
     return (f"other bytes came under known SOP Instance UID {uids[0]}{more}; the first ones are in use. Remedy: find "
             f"out which are right; `dicomnode release {conflicts[0]['series_uid']}` goes on with the first")
+
+
+def _ignoring(series_uid: str, what: str) -> _Decision:
+    """Everything stays as it was."""
+    return _Decision("matched", "late-input", f"{what}; kept, not used (late_input). Remedy if it should be used: "
+                     f"`dicomnode release {series_uid}` makes a new derived series that supersedes the one sent")

@@ -12,6 +12,7 @@ from typing import Any
 
 from dicomnode.errors import NotFound, RefusedInput
 from dicomnode.ledger import Ledger
+from dicomnode.retention import require_files
 
 __all__ = ["Done", "cancel", "hold", "release", "retry", "urgent", "urgent_memo"]
 
@@ -46,6 +47,7 @@ def retry(ledger: Ledger, target: str, *, now: float, actor: str) -> Done:
     row = _one(ledger, target, "retry", HELD, JOB_RETRY, dead_too=True)
     with ledger.transaction():
         if row["series_state"] == "held" or _undecided(row):
+            require_files(ledger, [row["series_uid"]])
             ledger.set_series(row["series_uid"], "receiving", now=now, code="operator", reason="retry", actor=actor)
             return Done(row["series_uid"], None, "receiving", "the series is looked at again")
         job, dead = ledger.job(row["job_id"]), _dead(ledger, row["job_id"])
@@ -57,6 +59,7 @@ def retry(ledger: Ledger, target: str, *, now: float, actor: str) -> Done:
             state = ledger.job(job["id"])["state"]
             peers = ", ".join(delivery["peer"] for delivery in dead)
             return Done(job["series_uid"], job["id"], state, f"the delivery to {peers} is tried again")
+        require_files(ledger, filter(None, [job["series_uid"], job["guide_series_uid"]]))
         ledger.set_job(job["id"], "queued", now=now, code="operator", reason="retry", actor=actor, attempts=0,
                        run_after=now, progress=None, finished_at=None)
         return Done(job["series_uid"], job["id"], "queued", "the job is queued again")
@@ -78,11 +81,13 @@ def release(ledger: Ledger, target: str, *, now: float, actor: str) -> Done:
     """A person looked and says: go on all the same.
 
     A held job whose derived series is built is sent as it is. A held series is processed in spite of what held it, its
-    conflicting objects stay unused. Raises NotFound and RefusedInput.
+    conflicting objects stay unused. So is one whose late input was ignored, now with it.
+    Raises NotFound and RefusedInput.
     """
     row = _one(ledger, target, "release", HELD, HELD)
     with ledger.transaction() as db:
-        if row["series_state"] == "held":
+        if row["series_state"] == "held" or _passed_over(row):
+            require_files(ledger, [row["series_uid"]])
             db.execute("UPDATE conflict SET accepted = 1 WHERE series_uid = ?", (row["series_uid"],))
             ledger.set_series(row["series_uid"], "receiving", now=now, code="operator", released=True, actor=actor,
                               reason=f"released although: {row['series_reason'] or row['series_code']}")
@@ -156,7 +161,8 @@ def _one(ledger: Ledger, target: str, verb: str, series_states: Set[str], job_st
         has_job = row["job_id"] is not None
         if has_job and (row["job_state"] in job_states or (dead_too and _dead(ledger, row["job_id"]))):
             return True
-        wanted = row["series_state"] in series_states or (verb == "retry" and _undecided(row))
+        wanted = row["series_state"] in series_states or (verb == "retry" and _undecided(row)) or (
+            verb == "release" and _passed_over(row))
         return wanted and (len(rows) == 1 or row["modality"] == "PT")
 
     fitting = [row for row in rows if fits(row)]
@@ -171,6 +177,11 @@ def _one(ledger: Ledger, target: str, verb: str, series_states: Set[str], job_st
 
 def _undecided(row: dict[str, Any]) -> bool:
     return row["series_state"] == "ignored" and row["series_code"] in UNDECIDED
+
+
+def _passed_over(row: dict[str, Any]) -> bool:
+    """A series to which more came after it was sent, and late_input said to ignore it."""
+    return row["series_state"] == "matched" and row["series_code"] == "late-input"
 
 
 def _named(ledger: Ledger, target: str) -> list[dict[str, Any]]:

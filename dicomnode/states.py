@@ -10,8 +10,9 @@ __all__ = ["JOB_STATES", "JOB_TRANSITIONS", "SERIES_STATES", "SERIES_TRANSITIONS
 SERIES_TRANSITIONS: dict[str, frozenset[str]] = {
     # receiving: instances still come.  complete: proven whole.  matched: a job exists.
     # waiting: for more instances or a CT, until a time.  held: for a person.  ignored: by rule.
-    "receiving": frozenset({"complete", "waiting", "held", "ignored"}),
-    "waiting": frozenset({"receiving", "complete", "waiting", "held", "ignored"}),
+    # receiving -> matched: what came late is ignored.
+    "receiving": frozenset({"complete", "matched", "waiting", "held", "ignored"}),
+    "waiting": frozenset({"receiving", "complete", "matched", "waiting", "held", "ignored"}),
     "complete": frozenset({"receiving", "matched", "waiting", "held", "ignored"}),
     "matched": frozenset({"receiving", "held"}),
     "held": frozenset({"receiving", "ignored"}),

@@ -27,6 +27,7 @@ from dicomnode.nightly import NIGHTLY_S, Nightly
 from dicomnode.process import Pulse
 from dicomnode.proof import Prover
 from dicomnode.reload import Reloader
+from dicomnode.retention import PURGE_S, Purger
 from dicomnode.runner import ChildRunner, Runner
 from dicomnode.spool import Spool
 from dicomnode.windows import Openings
@@ -107,6 +108,7 @@ def _parts(config: Config, ledger: Ledger, spool: Spool) -> _Parts:
         "proofs": (prover.tick, schedule.DELIVER_S),
         "sources": (nightly.tick, NIGHTLY_S),
         "housekeeping": (lambda: _tidy(config, ledger, spool, now=time.time()), schedule.TIDY_S),
+        "retention": (Purger(config, ledger, spool).tick, PURGE_S),
     }, once=matcher.prepare, close=close)
 
 
