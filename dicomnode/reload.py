@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from dicomnode.config import Config, load
 from dicomnode.errors import ConfigError
 from dicomnode.ledger import Ledger
@@ -42,15 +44,22 @@ class Reading:
 
 
 def merged(old: Config, new: Config) -> Reading:
-    """`new` with the old values of what cannot change while the node runs."""
+    """`new` with the old values of what cannot change while the node runs.
+
+    Raises ConfigError where the rest of `new` does not go with them.
+    """
     differing = _differing(old, new)
     restart = tuple(key for key in differing if _needs_restart(key))
-    updates: dict[str, Any] = {}
+    values, before = new.model_dump(), old.model_dump()
     for key in restart:
         section, _, name = key.partition(".")
-        present = updates.get(section, getattr(new, section))
-        updates[section] = present.model_copy(update={name: getattr(getattr(old, section), name)})
-    return Reading(new.model_copy(update=updates), tuple(key for key in differing if key not in restart), restart)
+        values[section][name] = before[section][name]
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        problems = "; ".join(str(item["msg"]).removeprefix("Value error, ") for item in error.errors())
+        raise ConfigError(f"it needs a restart of the node ({', '.join(restart)}); without it: {problems}") from error
+    return Reading(config, tuple(key for key in differing if key not in restart), restart)
 
 
 def _needs_restart(key: str) -> bool:
@@ -73,7 +82,7 @@ def _differing(old: Config, new: Config) -> list[str]:
 
 
 def _by_name(section: str, values: tuple[Any, ...]) -> Mapping[str, Any]:
-    return {f"{section} {value.name}": value for value in values}
+    return {f"{section} {value.name}": value.model_dump() for value in values}
 
 
 class Reloader:
