@@ -141,7 +141,7 @@ class Catalogue:
 
     def entity(self, series: tuple[Series, ...], stored: StoredObject | None = None) -> Entity:
         """A patient, study or series (of these series) or an instance, as a function from keyword to values."""
-        first = series[0]
+        first = next((one for one in series if one.folder is None), series[0])
         known: dict[str, tuple[str, ...]] = {
             "StudyInstanceUID": (first.study_uid,), "SeriesInstanceUID": (first.series_uid,),
             "ModalitiesInStudy": tuple(sorted({one.modality for one in series if one.modality})),

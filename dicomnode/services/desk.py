@@ -124,7 +124,7 @@ class Desk:
             else:
                 log.warning(f"A request was not served: {error}", action="request_refused", calling_ae=calling,
                             address=address, status=f"0x{error.status:04X}")
-            _reply(assoc, request, context, error.status, comment=str(error))
+            _reply(assoc, request, context, _fitting(request, error.status), comment=str(error))
         except Exception as error:  # an association must survive; values of a header stay out of the log
             frame = error.__traceback__
             while frame is not None and frame.tb_next is not None:
@@ -132,8 +132,8 @@ class Desk:
             log.error("A request could not be served.", action="request_failed", calling_ae=calling, address=address,
                       error=type(error).__name__,
                       where="" if frame is None else f"{frame.tb_frame.f_code.co_name}:{frame.tb_lineno}")
-            status = 0x0110 if isinstance(request, N_ACTION | N_EVENT_REPORT) else 0xC000
-            _reply(assoc, request, context, status, comment=f"processing failed: {type(error).__name__}")
+            _reply(assoc, request, context, _fitting(request, 0xC000),
+                   comment=f"processing failed: {type(error).__name__}")
 
     # --- query
 
@@ -250,6 +250,11 @@ class Desk:
             self._writing, transaction_uid=text(information, "TransactionUID"), succeeded=succeeded, failed=failed,
             calling_ae=assoc.requestor.ae_title.strip(), event_type=request.EventTypeID or 0, now=self._clock())
         _reply(assoc, request, context, status)
+
+
+def _fitting(request: Any, status: int) -> int:
+    """DIMSE-N knows no 0xCxxx (PS3.7 C.5): processing failure instead."""
+    return 0x0110 if isinstance(request, N_ACTION | N_EVENT_REPORT) and status >= 0xC000 else status
 
 
 def _query(request: C_FIND | C_MOVE | C_GET, context: PresentationContext, *, retrieve: bool = False) -> findscp.Query:
