@@ -128,6 +128,8 @@ class Intake(io.BytesIO):
         """Data on disk, file closed; its name is still the temporary one. Raises NodeError, OSError."""
         if self.error is not None:
             raise self.error
+        if self.path is None:
+            raise CannotUnderstand("the request came without a data set")
         self._spool.require_free(self._limits.free_bytes)
         os.fdatasync(self._file)
         self._close()

@@ -212,7 +212,8 @@ def test_a_ledger_that_cannot_be_written_is_a_passing_trouble(tmp_path: Path, mo
     taken = intake(Spool(tmp_path))
     monkeypatch.setattr(taken, "index", lambda: None)
     requestor = SimpleNamespace(ae_title="SCANNER", address_info=None)
-    event: Any = SimpleNamespace(request=SimpleNamespace(DataSet=taken), assoc=SimpleNamespace(requestor=requestor))
+    event: Any = SimpleNamespace(request=SimpleNamespace(DataSet=taken),
+                                 assoc=SimpleNamespace(requestor=requestor, may_store=True))
 
     def keep(*_: object) -> None:
         raise sqlite3.OperationalError("database is locked")
