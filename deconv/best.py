@@ -9,8 +9,8 @@
 3. Image: two members, whose kernels are half a standard deviation narrower and wider. Each is the minimiser of
    4 ||P(x ∗ k) - y||² + lam TV(x) over x >= 0, with lam by the noise (deconv/members.py). Large regions are worked
    off in tiles that share kernels, maximum and lam.
-4. x is the mean of the members, their spread scaled to one standard deviation of the width its uncertainty. What TV
-   moved between slices is moved back (deconv/slices.py).
+4. x is the mean of the members. What TV moved between slices is moved back (deconv/slices.py). The members' spread and
+   what x leaves unexplained give its standard deviation (deconv/uncertainty.py).
 
 docs/method.md has the equations, the reasons and what was tried.
 """
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from deconv import psfnet
 from deconv.blind import check_shape
 from deconv.checkpoint import Checkpoints
-from deconv.finish import finished, normalised, plain
+from deconv.finish import finished, normalised, plain, residual
 from deconv.kernels import FWHM_PER_SIGMA, skewed
 from deconv.members import Member, mean_and_spread, solved
 from deconv.preview import informative_region
@@ -39,6 +39,7 @@ from deconv.skewfit import found_skew
 from deconv.slices import slice_gains
 from deconv.tiles import FADE, Image, Tile, Tiled, plan, require_memory, solve_in_tiles
 from deconv.tv import tv_weight
+from deconv.uncertainty import combined
 from deconv.volume import Volume
 
 __all__ = ["BEST", "Psf", "Settings", "deconvolve", "kernel_on_pet_grid", "posterior"]
@@ -135,7 +136,7 @@ def deconvolve(
 ) -> Deconvolution:
     """Deblur and double `volume`; see the module.
 
-    checkpoints  finished tiles are kept there and taken up again.
+    checkpoints  the PSF and finished tiles are kept there and taken up again.
     Raises ValueError for a volume without activity, without edges, or too small; tiles.OutOfMemory.
     """
     start = time.perf_counter()
@@ -145,7 +146,7 @@ def deconvolve(
     y, top = normalised(inner)
     spacing = np.asarray(volume.spacing, dtype=np.float64)
     lam = settings.tv_weight or min(tv_weight(y), MOST_TV)
-    psf = posterior(y, spacing, lam, settings, device=device, on_step=on_step)
+    psf = _psf(y, spacing, lam, settings, device, on_step, checkpoints)
     tiled = _image(y, psf, lam, spacing, settings, device, on_step, checkpoints)
     kernel = kernel_on_pet_grid(np.array(psf.fwhm_mm), np.array(psf.skew), spacing)
     taken = {"region_box": found.text, "tile": list(tiled.tile)}
@@ -157,9 +158,27 @@ def deconvolve(
         volume, tiled.outputs[0] * gains, kernel, top, preset=settings.preset, settings={**plain(settings), **taken},
         losses={}, seconds=0.0, metrics=told, region=found,
     )
-    spread = found.paste_spread(tiled.outputs[1] * gains, result.metrics["activity_scale"]) * np.float32(top)
+    off = residual(volume, result.image, kernel)[found.crop] / np.float32(top)
+    sd = found.paste_spread(combined(tiled.outputs[1] * gains, off), result.metrics["activity_scale"])
     seconds = {"seconds": time.perf_counter() - start}
-    return replace(result, uncertainty=volume.doubled(spread), metrics={**result.metrics, **seconds})
+    return replace(result, uncertainty=volume.doubled(sd * np.float32(top)), metrics={**result.metrics, **seconds})
+
+
+def _psf(
+    y: NDArray[np.float32], spacing: Floats, lam: float, settings: Settings, device: str | torch.device,
+    on_step: OnStep | None, checkpoints: Checkpoints | None,
+) -> Psf:
+    """`posterior`, taken from the checkpoints where it lies there: it is the same however much memory there is."""
+    if checkpoints is None or settings.psf == "known":
+        return posterior(y, spacing, lam, settings, device=device, on_step=on_step)
+    about = {**plain(settings), "memory_gb": None, "spacing": spacing.tolist(), "lam": lam}
+    run = replace(checkpoints, every_s=0.0).of("psf", (y,), about, device=device)
+    state = run.load()
+    if state is not None:
+        return Psf(state["fwhm_mm"], state["log_sd"], state["skew"], state["windows"])
+    psf = posterior(y, spacing, lam, settings, device=device, on_step=on_step)
+    run.offer(lambda: asdict(psf))
+    return psf
 
 
 def posterior(

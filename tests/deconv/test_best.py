@@ -377,6 +377,24 @@ def test_a_run_that_was_stopped_between_tiles_ends_in_the_same_bits(long: Volume
     np.testing.assert_array_equal(found.uncertainty.array, in_tiles.uncertainty.array)
 
 
+def test_the_psf_that_was_found_is_taken_up_again(volume: Volume, blind: Deconvolution, tmp_path):
+    """Stopped in the first tile: no kernel is sought anew, also with other memory; the same bits as unbroken."""
+    def stop(progress: Progress) -> None:
+        stages.append(progress.stage)
+        if progress.stage == "image" and stopping:
+            raise Cancelled
+
+    stages: list[str] = []
+    stopping, kept = True, Checkpoints(tmp_path, every_s=3600)
+    with pytest.raises(Cancelled):
+        deblurred(volume, stop, kept)
+    assert "kernel" in stages
+    stages, stopping = [], False
+    found = deblurred(volume, stop, kept, memory_gb=3.0)
+    assert set(stages) == {"image"}
+    np.testing.assert_array_equal(found.image.array, blind.image.array)
+
+
 def test_a_checkpoint_of_other_settings_is_not_taken(long: Volume, in_tiles: Deconvolution, tmp_path):
     """Another width: solved afresh."""
     kept = Checkpoints(tmp_path)
