@@ -195,7 +195,15 @@ class Asking:
 
     def _answers(self, keys: Dataset, unique: str) -> Iterator[Dataset]:
         """The pending answers that have a `unique` UID. Ends with the query's end; raises unless that is success."""
-        association = self._open()
+        try:
+            yield from self._asked(self._open(), keys, unique)
+        except PeerUnreachable:
+            if self._association is not None:
+                self._association.abort()  # it may not have heard yet that the peer left
+                self._association = None
+            raise
+
+    def _asked(self, association: Association, keys: Dataset, unique: str) -> Iterator[Dataset]:
         self._message = self._message % 0xFFFF + 1
         given = 0
         for status, answer in _talk(association, self.peer, "C-FIND", lambda: association.send_c_find(
