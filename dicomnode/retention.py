@@ -59,6 +59,7 @@ _STILL_THERE = f"""(s.purged_at IS NULL OR s.last_at > s.purged_at)
                    AND o.state IN {UNFINISHED})
    AND NOT EXISTS (SELECT 1 FROM conflict c WHERE c.series_uid = s.series_uid AND NOT c.accepted)
    AND (:series IS NULL OR s.series_uid = :series)"""
+_SERIES_RESTS = "(SELECT state FROM series WHERE series.series_uid = j.series_uid) IN ('matched', 'ignored')"
 _PET_LEFT = """EXISTS (SELECT 1 FROM series p WHERE p.study_uid = s.study_uid AND p.series_uid != s.series_uid
    AND p.modality = 'PT' AND p.state != 'ignored' AND (p.purged_at IS NULL OR p.last_at > p.purged_at))"""
 _PET_CAME = """EXISTS (SELECT 1 FROM series p WHERE p.study_uid = s.study_uid AND p.modality = 'PT'
@@ -80,11 +81,11 @@ SELECT s.*, max(coalesce(j.finished_at, 0), s.last_at, {_RESTORED}) AS since
 DERIVED_SQL = {
     "derived": f"""
 SELECT j.id, j.study_uid, j.series_uid, j.state, j.derived_path, coalesce(j.finished_at, j.built_at) AS since
-  FROM job j WHERE j.derived_path IS NOT NULL AND (:job IS NULL OR j.id = :job)
+  FROM job j WHERE j.derived_path IS NOT NULL AND (:job IS NULL OR j.id = :job) AND {_SERIES_RESTS}
    AND ({_CONFIRMED} OR (j.state IN ('superseded', 'cancelled') AND {_SENT}))""",
     "unsent": f"""
 SELECT j.id, j.study_uid, j.series_uid, j.state, j.derived_path, coalesce(j.finished_at, j.built_at) AS since
-  FROM job j WHERE j.derived_path IS NOT NULL AND (:job IS NULL OR j.id = :job)
+  FROM job j WHERE j.derived_path IS NOT NULL AND (:job IS NULL OR j.id = :job) AND {_SERIES_RESTS}
    AND j.state IN ('superseded', 'cancelled') AND NOT {_SENT}""",
 }
 
@@ -272,7 +273,8 @@ def missing_files(rows: Iterable[dict[str, Any]], data_dir: Path) -> list[str]:
 def require_files(ledger: Ledger, series_uids: Iterable[str]) -> None:
     """Raises RefusedInput where objects of one of the series have been removed and did not come again since."""
     for uid in series_uids:
-        events = ledger.query("SELECT at FROM event WHERE series_uid = ? AND code = 'purged' ORDER BY id", (uid,))
+        events = ledger.query("SELECT at FROM event WHERE series_uid = ? AND kind = 'series' AND code = 'purged' "
+                              "ORDER BY id", (uid,))
         rows = ledger.instances(uid)
         missing = missing_files(rows, ledger.path.parent) if events else []
         if missing:
