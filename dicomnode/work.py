@@ -29,6 +29,7 @@ from dicomnode.proof import Prover
 from dicomnode.reload import Reloader
 from dicomnode.retention import PURGE_S, Purger
 from dicomnode.runner import ChildRunner, Runner
+from dicomnode.services.commitscp import Reporter
 from dicomnode.spool import Spool
 from dicomnode.windows import Openings
 
@@ -94,18 +95,20 @@ class _Parts:
 
 def _parts(config: Config, ledger: Ledger, spool: Spool) -> _Parts:
     deliverer, prover = Deliverer(config, ledger, spool), Prover(config, ledger, spool)
-    matcher = Matcher(config, ledger, spool)
+    matcher, reporter = Matcher(config, ledger, spool), Reporter(config, ledger, spool)
     nightly = Nightly(config, ledger, spool)
 
     def close() -> None:
         deliverer.close(CLOSE_S)
         prover.close(CLOSE_S)
+        reporter.close(CLOSE_S)
         nightly.close(CLOSE_S)
 
     return _Parts({
         "matcher": (matcher.tick, schedule.MATCH_S),
         "deliveries": (deliverer.tick, schedule.DELIVER_S),
         "proofs": (prover.tick, schedule.DELIVER_S),
+        "commitments": (reporter.tick, schedule.DELIVER_S),
         "sources": (nightly.tick, NIGHTLY_S),
         "housekeeping": (lambda: _tidy(config, ledger, spool, now=time.time()), schedule.TIDY_S),
         "retention": (Purger(config, ledger, spool).tick, PURGE_S),

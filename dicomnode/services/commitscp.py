@@ -197,25 +197,43 @@ class Reporter:
         self._config, self._ledger, self._spool = config, ledger, spool
         self._clock, self._rng = clock, rng or random.Random()
         self._threads: dict[str, threading.Thread] = {}
+        self._stop = threading.Event()
 
     def tick(self) -> None:
         """Start a thread for every peer to which a report is due and none running."""
         due: dict[str, list[dict[str, Any]]] = {}
-        for row in self._ledger.query("SELECT * FROM commitment_request WHERE state = 'waiting' AND next_at <= ? "
-                                      "ORDER BY next_at", (self._clock(),)):
+        now = self._clock()
+        far = now + 1.25 * self._config.delivery.retry_max_s + 60  # further ahead lies no wait: the clock was set back
+        for row in self._ledger.query("SELECT * FROM commitment_request WHERE state = 'waiting' AND "
+                                      "(next_at <= ? OR next_at > ?) ORDER BY next_at", (now, far)):
             due.setdefault(row["calling_ae"], []).append(dict(row))
         for name, rows in due.items():
             running = self._threads.get(name)
-            if running is None or not running.is_alive():
-                self._threads[name] = threading.Thread(target=self.report, args=(name, rows), daemon=True,
+            if not self._stop.is_set() and (running is None or not running.is_alive()):
+                self._threads[name] = threading.Thread(target=self._report, args=(name, rows), daemon=True,
                                                        name=f"commitment-{name}")
                 self._threads[name].start()
 
     def close(self, timeout_s: float) -> None:
         """Wait for reports that are on their way; what was not told is told after the next start."""
+        self._stop.set()
+        self.join(timeout_s)
+
+    def join(self, timeout_s: float) -> None:
+        """Wait for what the last tick started."""
         until = time.monotonic() + timeout_s
         for thread in self._threads.values():
             thread.join(max(0.0, until - time.monotonic()))
+
+    def _report(self, calling_ae: str, rows: Sequence[dict[str, Any]]) -> None:
+        try:
+            self.report(calling_ae, rows)
+        except Exception as error:
+            if self._stop.is_set():
+                return  # the ledger is being closed; the reports stay due
+            log.exception("Storage commitment reports failed unexpectedly.", action="commitment_error", peer=calling_ae)
+            for row in rows:
+                self._again(row, f"internal error, see the log: {type(error).__name__}")
 
     def report(self, calling_ae: str, rows: Sequence[dict[str, Any]]) -> None:
         """One attempt at the reports to one peer, over one association."""

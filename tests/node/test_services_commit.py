@@ -257,7 +257,7 @@ class Owing:
         """Let time go, tick, wait for what it started; the row."""
         self.now += seconds
         self.reporter.tick()
-        self.reporter.close(10)
+        self.reporter.join(10)
         return dict(self.ledger.query("SELECT * FROM commitment_request")[0])
 
 
@@ -293,6 +293,12 @@ def test_a_report_that_the_peer_refuses_is_sent_again(tmp_path):
         assert owing.after(4000)["state"] == "answered"
 
 
+def test_a_clock_that_was_set_back_delays_no_report(tmp_path):
+    """A time further ahead than any pause is taken for now."""
+    with Listener() as pacs:
+        assert Owing(tmp_path, port=pacs.port).after(-50_000)["state"] == "answered"
+
+
 def test_a_peer_without_a_port_cannot_be_told(tmp_path):
     """Given up at once, with the remedy."""
     row = Owing(tmp_path, port=None).after(30)
@@ -309,5 +315,5 @@ def test_a_tick_never_waits(tmp_path):
         began = time.monotonic()
         owing.reporter.tick()
         assert time.monotonic() - began < 0.5 and threading.active_count() > 1
-        owing.reporter.close(10)
+        owing.reporter.join(10)
         assert owing.ledger.query("SELECT attempts FROM commitment_request")[0]["attempts"] == 1
