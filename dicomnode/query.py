@@ -331,6 +331,6 @@ def _failure(peer: Peer, what: str, status: Dataset, our_ae: str) -> str:
         return (f"{sentence}; {failed} instances failed, none was sent. Remedy: can it reach our address and port, and "
                 "is this peer allowed to send (peer.may_send, peer.addresses)?")
     if what == "C-MOVE":
-        return (f"{sentence}. Remedy: does it know our AE title {our_ae} with the address and port of this node, and can "
-                "it reach them? Its log says more.")
+        return (f"{sentence}. Remedy: does it know our AE title {our_ae} with the address and port of this node, and "
+                "can it reach them? Its log says more.")
     return f"{sentence}. Remedy: look into the log of the peer."

@@ -172,6 +172,9 @@ class Site:
         return self
 
     def __exit__(self, *_: object) -> None:
+        threading.Thread(target=self._end).start()  # not waited for: its loop looks up twice a second only
+
+    def _end(self) -> None:
         self.receiver.stop()
         self.ledger.close()
 

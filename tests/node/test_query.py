@@ -81,7 +81,7 @@ def test_an_accession_number_beyond_ascii_goes_there_and_back() -> None:
 def test_too_many_answers_are_cancelled_and_said() -> None:
     """The limit is named; the association is given up, and the next question opens a new one."""
     with SourcePeer(pet_series()) as source, Asking(source.peer(), TIMES, limit=3) as asking:
-        with pytest.raises(PeerRefused, match="more than 3 answers.*fewer days"):
+        with pytest.raises(PeerRefused, match=r"more than 3 answers.*fewer days"):
             asking.instances(STUDY, SERIES)
         assert len(asking.studies()) == 1
 
@@ -137,7 +137,9 @@ def test_300_series_are_asked_for_in_one_association() -> None:
     """All of them, each once."""
     datasets, one = [], pet_series(slices=2)[0]
     for number in range(300):
-        ds = copy.copy(one)
+        ds = Dataset()
+        for keyword in ("StudyInstanceUID", "StudyDate", "Modality", "AccessionNumber"):
+            ds[keyword] = one[keyword]
         ds.SeriesInstanceUID, ds.SOPInstanceUID = f"2.25.7{number}", f"2.25.8{number}"
         datasets.append(ds)
     with SourcePeer(datasets) as source, Asking(source.peer(), TIMES) as asking:
@@ -159,7 +161,7 @@ def test_c_move_brings_a_series_to_our_receiver(tmp_path: Path) -> None:
 def test_a_peer_that_does_not_know_our_ae_title_is_told_with_the_remedy() -> None:
     """Status 0xA801."""
     with SourcePeer(pet_series()) as source, \
-            pytest.raises(PeerRefused, match="0xA801, move destination unknown.*NBDNODE.*c-get"):
+            pytest.raises(PeerRefused, match=r"0xA801, move destination unknown.*NBDNODE.*c-get"):
         retrieve(source.peer(), TIMES, study_uid=STUDY)
 
 
@@ -215,7 +217,7 @@ def test_what_came_by_both_ways_at_once_is_there_once(tmp_path: Path) -> None:
             for number in range(20):
                 first, second = pair(site, number)
                 outcomes: list[str] = []
-                threads = [threading.Thread(target=lambda one=one, by=by: outcomes.append(by.keep(*one)))
+                threads = [threading.Thread(target=lambda one=one, by=by, to=outcomes: to.append(by.keep(*one)))
                            for one, by in ((first, committer), (second, keeper._committer))]
                 for thread in threads:
                     thread.start()
