@@ -7,22 +7,24 @@ import shutil
 import sqlite3
 import time
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 from apscheduler.executors.pool import ThreadPoolExecutor
 from apscheduler.schedulers.background import BackgroundScheduler
+from apscheduler.triggers.interval import IntervalTrigger
 
 from dicomnode.errors import NotFound
 from dicomnode.ledger import Ledger
 from dicomnode.logs import get_logger
 from dicomnode.spool import Spool
 
-__all__ = ["DELIVER_S", "MATCH_S", "TIDY_S", "build", "sweep_work"]
+__all__ = ["DELIVER_S", "MATCH_S", "TIDY_S", "build", "mend", "sweep_work"]
 
 MATCH_S = 1.0
 DELIVER_S = 1.0
 TIDY_S = 3600.0
 REPEAT_S = 60.0
+SLACK = timedelta(seconds=1)
 
 log = get_logger(__name__)
 
@@ -46,6 +48,16 @@ def build(ticks: Mapping[str, tuple[Callable[[], object], float]], *,
     return scheduler
 
 
+def mend(scheduler: BackgroundScheduler) -> int:
+    """After the clock was set back: ticks that would be waited for longer than their interval come now; how many."""
+    now = datetime.now(UTC)
+    late = [job for job in scheduler.get_jobs() if isinstance(job.trigger, IntervalTrigger)
+            and job.next_run_time > now + job.trigger.interval + SLACK]
+    for job in late:
+        job.modify(next_run_time=now)
+    return len(late)
+
+
 class _Steady:
     """A tick that may fail again and again, as while the disk is full: said once a minute, not at every tick."""
 
@@ -67,7 +79,7 @@ class _Steady:
 def sweep_work(ledger: Ledger, spool: Spool) -> int:
     """Remove the work folders that no running job owns, and checkpoints that no job will go on from; how many.
 
-    Nothing else is removed by this release.
+    What else may go, and when: retention.
     """
     folders = list((spool.data_dir / "work").iterdir())
     running = {str(job["id"]) for job in ledger.running_jobs()}  # asked after the listing: a new job's folder is safe

@@ -66,6 +66,7 @@ def run(config: Config, *, stop: threading.Event, ready: Callable[[], None], pul
         ready()
         try:
             while not stop.wait(0.5) and crew.tend():
+                rounds.watch()
                 fresh = None if reloader is None else reloader.take(ledger, now=time.time())
                 if fresh is not None:
                     logs.configure(fresh.node)
@@ -138,6 +139,11 @@ class _Rounds:
         for name in SHORT_TICKS:
             self._pulse.expect(name, HANG_S)
         self._scheduler.start()
+
+    def watch(self) -> None:
+        """Called often, by a clock that nobody sets."""
+        if schedule.mend(self._scheduler):
+            log.warning("the clock was set back: what was due by it is done now", action="clock_set_back")
 
     def reconfigure(self, config: Config) -> None:
         """A tick that runs ends as it began; the next one works by the new configuration."""
