@@ -111,11 +111,15 @@ def _test_message(config: Path, as_json: bool) -> None:
         raise typer.Exit(Exit.FAILED)
 
 
-def check(config: ConfigOption = DEFAULT_CONFIG, as_json: JsonOption = False) -> None:
-    """Is everything ready? Configuration, disk, port, peers, clock, device, methods."""
+def check(
+    config: ConfigOption = DEFAULT_CONFIG, as_json: JsonOption = False,
+    peers: Annotated[bool, typer.Option(
+        "--peers", help="Acceptance test: store a phantom at every destination, confirm it, query sources.")] = False,
+) -> None:
+    """Is everything ready? Configuration, disk, secrets, port, peers, clock, device, methods."""
     from dicomnode import acceptance
 
-    findings = acceptance.check(config, now=time.time())
+    findings = acceptance.check(config, now=time.time(), with_peers=peers)
     if as_json:
         print_json([finding.as_json() for finding in findings])
     else:

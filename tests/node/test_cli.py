@@ -39,7 +39,7 @@ def config(tmp_path: Path) -> Path:
     """A node that has received one series, held by the matcher."""
     path = tmp_path / "node.toml"
     path.write_text(f'[node]\nport = {free_port()}\ndata_dir = "{tmp_path / "data"}"\n[reception]\nlow_disk_mb = 1\n')
-    (tmp_path / "data").mkdir()
+    (tmp_path / "data").mkdir(mode=0o700)
     with Ledger(tmp_path / "data" / "ledger.sqlite3") as ledger:
         ledger.add_instances([InstanceRow(
             sop_instance_uid="1.2.3.9", sop_class_uid="1.2", study_uid=STUDY, series_uid=PET,
