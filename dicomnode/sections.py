@@ -216,6 +216,14 @@ class Peer(Section):
             raise ValueError("certificate_sha256 needs tls = true: it could come without any certificate otherwise")
         return self
 
+    @model_validator(mode="after")
+    def _web(self) -> Peer:
+        if self.stow_url is not None and not re.match(r"https?://[^/@\s]+(/[^?#\s]*)?$", self.stow_url):
+            raise ValueError("stow_url must be the http or https address of DICOMweb services, without a password")
+        if self.stow_token_file is not None and self.stow_url is None:
+            raise ValueError("stow_token_file needs stow_url")
+        return self
+
     @field_validator("addresses")
     @classmethod
     def _networks(cls, value: tuple[str, ...]) -> tuple[str, ...]:

@@ -143,15 +143,24 @@ def _job(ledger: Ledger, job: Mapping[str, Any]) -> Json:
 
 
 def _delivery(ledger: Ledger, row: Mapping[str, Any]) -> Json:
-    answers = ledger.statuses(row["id"]).values()
+    """`remarks`: what the peer answered other than success, how often, and its first comment."""
+    answers = ledger.query(
+        "SELECT status, count(*) AS n, count(committed_at) AS committed, max(comment) AS comment "
+        "FROM delivery_instance WHERE delivery_id = ? GROUP BY status ORDER BY status", (row["id"],))
     return {
         "peer": row["peer"],
         "state": row["state"],
         "reason": row["reason"],
         "attempts": row["attempts"],
-        "accepted": sum(1 for answer in answers if answer == 0 or answer >> 12 == 0xB),  # PS3.7 C.1.3: Bxxx warns
-        "answered": len(answers),
+        # PS3.7 C.1.3: Bxxx warns
+        "accepted": sum(answer["n"] for answer in answers if answer["status"] == 0 or answer["status"] >> 12 == 0xB),
+        "answered": sum(answer["n"] for answer in answers),
+        "remarks": [{"status": f"0x{answer['status']:04X}", "instances": answer["n"], "comment": answer["comment"]}
+                    for answer in answers if answer["status"] != 0],
+        "confirm": row["confirm"],
+        "committed": sum(answer["committed"] for answer in answers),
         "next_at": timestamp(row["next_at"]) if row["state"] == "waiting" else None,
+        "prove_at": timestamp(row["prove_at"]) if row["state"] == "delivered" else None,
         "done_at": timestamp(row["done_at"]),
     }
 

@@ -188,6 +188,11 @@ def _print_job(console: Console, job: Mapping[str, Any]) -> None:
     for delivery in job["deliveries"]:
         took = f"{delivery['accepted']} of {job['derived_instances']} images accepted, attempt {delivery['attempts']}"
         _line(console, delivery["state"], f"{took}. {delivery['reason']}", f"    to {escape(delivery['peer'])}: ")
+        for remark in delivery["remarks"]:
+            comment = f": {remark['comment']}" if remark["comment"] else ""
+            console.print(escape(f"      {remark['instances']} answered {remark['status']}{comment}"))
+        if delivery["prove_at"]:
+            console.print(escape(f"      proof by {delivery['confirm']} is awaited"))
 
 
 def _measured(report: Mapping[str, Any]) -> str:

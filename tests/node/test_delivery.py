@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from pydicom.dataset import Dataset
 from pynetdicom import AE, evt
 
+from dicomnode import operate, views
 from dicomnode.config import Delivery
 from dicomnode.delivery import Deliverer, backoff_s, judge
 from dicomnode.ledger import NewJob
@@ -26,19 +27,20 @@ FAST = "[delivery]\nretry_s = 30\nretry_max_s = 3600\ngive_up_h = 2\nconnect_tim
 OTHER = '[[peer]]\nname = "SECOND"\nae_title = "SECOND"\nhost = "127.0.0.1"\nport = {port}\n'
 
 
-def built(line: Line, *, send_to: tuple[str, ...] = ("PACS",), slices: int = 4) -> int:
+def built(line: Line, *, send_to: tuple[str, ...] = ("PACS",), slices: int = 4, seed: int = 0) -> int:
     """A job whose derived series (any DICOM files will do) lies in its folder; its id."""
-    series = pet_series(slices=slices)
+    series = pet_series(slices=slices, seed=seed)
     uid = line.receive(series)
     line.ledger.set_series(uid, "complete", now=line.now)
-    new = NewJob("id", uid, str(series[0].StudyInstanceUID), None, "all-pet", "nearest", "default", {}, send_to, ("1",))
+    new = NewJob(f"id{seed}", uid, str(series[0].StudyInstanceUID), None, "all-pet", "nearest", "default", {}, send_to,
+                 ("1",))
     job_id = line.ledger.add_job(new, now=line.now)
     folder = line.spool.data_dir / "derived" / str(job_id)
     folder.mkdir()
     for number, dataset in enumerate(series):
         dataset.save_as(folder / f"{number}.dcm", enforce_file_format=True)
     line.ledger.claim("w", now=line.now, lease_s=60)
-    assert line.ledger.built(job_id, "w", now=line.now, derived_series_uid="2.25.5", derived_instances=slices,
+    assert line.ledger.built(job_id, "w", now=line.now, derived_series_uid=f"2.25.{seed}5", derived_instances=slices,
                              report={}, derived_path=f"derived/{job_id}")
     return job_id
 
@@ -178,6 +180,86 @@ def test_one_peer_down_does_not_delay_another(tmp_path: Path, peer: StoragePeer)
             assert states(line, job_id) == ("sending", ["waiting", "delivered"])
             assert time.monotonic() - started < 20
             deliverer.close(30)
+
+
+def test_down_hanging_refusing_and_slow_peers_block_nobody(tmp_path: Path) -> None:
+    """Two jobs for five peers: the good one has both at once, the slow one when it can; the others say why not."""
+    release = threading.Event()
+
+    def hangs(_: Dataset) -> int:
+        release.wait(60)
+        return 0x0000
+
+    def slow(_: Dataset) -> int:
+        time.sleep(0.15)
+        return 0x0000
+
+    strict = AE("REFUSES")
+    strict.require_calling_aet = ["SOMEBODY"]
+    strict.add_supported_context("1.2.840.10008.5.1.4.1.1.128")
+    ports = {"REFUSES": free_port(), "DOWN": free_port()}
+    server = strict.start_server(("127.0.0.1", ports["REFUSES"]), block=False)
+    with StoragePeer("GOOD") as good, StoragePeer("SLOW", status=slow) as slowly, \
+            StoragePeer("HANGS", status=hangs) as hanging:
+        ports |= {"GOOD": good.port, "SLOW": slowly.port, "HANGS": hanging.port}
+        toml = FAST.replace("dimse_timeout_s = 5", "dimse_timeout_s = 30") + "".join(
+            OTHER.format(port=port).replace("SECOND", name) for name, port in ports.items())
+        with Line(tmp_path, toml=toml) as line:
+            jobs = [built(line, send_to=("HANGS", "DOWN", "REFUSES", "SLOW", "GOOD"), seed=seed) for seed in (0, 1)]
+            deliverer = Deliverer(line.config, line.ledger, line.spool, clock=line.clock, rng=random.Random(0))
+
+            def rows(peer: str) -> list[dict[str, object]]:
+                return [row for job in jobs for row in line.ledger.deliveries(job) if row["peer"] == peer]
+
+            def all_of(peer: str) -> bool:
+                deliverer.tick()
+                return {row["state"] for row in rows(peer)} == {"delivered"}
+
+            wait_until("both jobs at the good peer", lambda: all_of("GOOD"), timeout_s=15)
+            wait_until("both jobs at the slow peer", lambda: all_of("SLOW"), timeout_s=15)
+            assert [row["state"] for row in rows("HANGS")] == ["waiting", "waiting"] and not hanging.datasets
+            wait_until("why not", lambda: all(row["reason"] for row in rows("DOWN") + rows("REFUSES")), timeout_s=15)
+            assert all("does not answer" in str(row["reason"]) for row in rows("DOWN"))
+            assert all("rejects the association" in str(row["reason"]) for row in rows("REFUSES"))
+            assert [line.ledger.job(job)["state"] for job in jobs] == ["sending", "sending"]
+            assert len(good.datasets) == len(slowly.datasets) == 8, "each instance once"
+            release.set()
+            wait_until("both jobs at the peer that hung", lambda: all_of("HANGS"), timeout_s=15)
+            deliverer.close(10)
+    assert server is not None
+    server.shutdown()
+
+
+def test_one_dead_peer_holds_the_job_after_the_others_have_it_and_retry_sends_to_it_alone(tmp_path: Path) -> None:
+    """Given up after its age: held with that peer's reason, not the last one's. Retried: delivered."""
+    with StoragePeer("SECOND") as second:
+        port = free_port()
+        with Line(tmp_path, port=port, toml=FAST + OTHER.format(port=second.port)) as line:
+            job_id = built(line, send_to=("PACS", "SECOND"))
+            line.now += 3 * 3600
+            deliver(line)
+            assert states(line, job_id) == ("held", ["dead", "delivered"])
+            job = line.ledger.job(job_id)
+            assert job["code"] == "delivery" and job["reason"].startswith("PACS: ")
+            operate.retry(line.ledger, f"job:{job_id}", now=line.now, actor="me")
+            with StoragePeer("PACS", port=port) as first:
+                deliver(line)
+                assert states(line, job_id) == ("delivered", ["delivered", "delivered"])
+                assert len(first.datasets) == len(second.datasets) == 4
+
+
+def test_show_tells_warnings_and_refusals_of_each_peer(tmp_path: Path) -> None:
+    """How many instances were answered with which status, and what the peer said to it."""
+    with StoragePeer(status=lambda ds: {1: 0xB007, 2: 0xA700}.get(int(ds.InstanceNumber), 0)) as peer, \
+            Line(tmp_path, port=peer.port, toml=FAST) as line:
+        job_id = built(line)
+        deliver(line)
+        study = line.ledger.job(job_id)["study_uid"]
+        (shown,) = [series for series in views.show(line.ledger, study)["series"] if series["jobs"]]
+        (delivery,) = shown["jobs"][0]["deliveries"]
+        assert (delivery["accepted"], delivery["answered"], delivery["committed"]) == (3, 4, 0)
+        assert [(remark["status"], remark["instances"]) for remark in delivery["remarks"]] == [
+            ("0xA700", 1), ("0xB007", 1)]
 
 
 def test_a_job_taken_away_is_not_sent_on(tmp_path: Path) -> None:

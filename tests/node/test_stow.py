@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import ssl
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -17,9 +18,10 @@ import pytest
 from pydicom import dcmread
 
 from dicomnode import stow
-from dicomnode.config import Peer, Tls
+from dicomnode.config import Peer, Tls, parse
 from dicomnode.errors import ConfigError, PeerUnreachable
 from dicomnode.scu import Answer
+from tests.certificates import Authority
 from tests.factories import pet_series
 from tests.node.line import Line
 from tests.node.test_commitment import prove
@@ -270,11 +272,43 @@ def test_a_server_that_is_down_or_silent_is_unreachable(tmp_path: Path) -> None:
         send(peer(f"http://127.0.0.1:{free_port()}/dicom-web"), files(tmp_path / "in", slices=1))
 
 
+def test_tls_is_verified_by_the_authority_that_is_named_and_shows_our_certificate(tmp_path: Path) -> None:
+    """Its own authority: stored. Another one, a name that does not fit, a pin of another certificate: refused."""
+    ours, other = Authority(tmp_path, "ours"), Authority(tmp_path, "other")
+    shown, client = ours.issue("server"), ours.issue("client", address=None)
+    tls = Tls(certificate=client.certificate, key=client.key)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(shown.certificate, shown.key)
+    context.load_verify_locations(ours.path)
+    context.verify_mode = ssl.CERT_REQUIRED
+    paths = files(tmp_path / "in", slices=1)
+    with WebArchive(tls=context) as archive:
+        assert send(peer(archive.url, tls_ca=ours.path), paths, tls)[0].stored
+        assert send(peer(archive.url, tls=True, certificate_sha256=(shown.sha256,)), paths, tls)[0].stored
+        for destination in (peer(archive.url, tls_ca=other.path), peer(archive.url),
+                            peer(archive.url.replace("127.0.0.1", "localhost"), tls_ca=ours.path),
+                            peer(archive.url, tls=True, certificate_sha256=("0" * 64,)),
+                            peer(archive.url, tls=True, tls_ca=ours.path, certificate_sha256=("0" * 64,))):
+            with pytest.raises(PeerUnreachable, match="no TLS connection"):
+                send(destination, paths, tls)
+        assert len(archive.stored) == 2
+
+
 def test_without_the_extra_the_reason_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """dicomweb-client is an extra."""
     monkeypatch.setitem(sys.modules, "dicomweb_client.web", None)
     with pytest.raises(ConfigError, match=r"dicomnode\[dicomweb\]"):
         send(peer("http://127.0.0.1:1/"), files(tmp_path / "in", slices=1))
+
+
+@pytest.mark.parametrize(("text", "why"), [
+    ('stow_url = "pacs/dicom-web"', "http or https"), ('stow_url = "https://me:secret@pacs/"', "without a password"),
+    ('stow_token_file = "token"', "needs stow_url"), ('stow_url = "https://pacs/"\nconfirm = "commitment"', "no port")])
+def test_an_address_that_cannot_serve_is_refused_at_the_start(text: str, why: str) -> None:
+    """Not at the first delivery; a password is not shown again."""
+    with pytest.raises(ConfigError, match=why) as refused:
+        parse(f'[[peer]]\nname = "W"\nae_title = "W"\nhost = "h"\n{text}\n')
+    assert "secret" not in str(refused.value)
 
 
 WEB = """[delivery]
