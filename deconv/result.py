@@ -44,8 +44,8 @@ class Deconvolution:
     preset    "paper", "preview", ... or "" for hand-made settings.
     settings  every setting that had an influence, as plain JSON values: with the source and the software version
               it determines the image.
-    uncertainty  Volume on the image's grid, in its unit: the standard deviation of what the method cannot know (kernel,
-              start); None where the method does not tell.
+    uncertainty  Volume on the image's grid, in its unit: the standard deviation of x by what the method cannot know
+              (kernel, start, noise); None where the method does not tell.
     """
 
     image: Volume

@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from deconv import best, nbd
 from deconv.checkpoint import Checkpoints
 from deconv.classic import METHODS as CLASSIC
-from deconv.finish import plain
+from deconv.finish import plain, residual
 from deconv.interpolate import doubled
 from deconv.kernels import skewed
 from deconv.metrics import kernel_inner_product, nrmse
 from deconv.result import Cancelled, Deconvolution, Progress
+from deconv.uncertainty import combined
 from deconv.volume import Volume
 from tests.deconv.scene import FWHM, KNOWN, SPACING, deblurred, measured, truth
 
@@ -309,9 +310,21 @@ def test_the_uncertainty_grows_with_what_is_not_known(volume: Volume, known: Dec
     assert 1.3 < np.linalg.norm(unsure) / np.linalg.norm(known.uncertainty.array) < 3.0
 
 
-def test_one_member_tells_no_uncertainty(volume: Volume):
-    """Without a spread there is nothing to compare: zero, not a number out of nowhere."""
-    assert deblurred(volume, **KNOWN, spread=0.0, iterations=3).uncertainty.array.max() == 0.0
+def test_one_member_tells_only_what_it_leaves_unexplained(volume: Volume):
+    """Without a spread nothing of the width is in it: what is left is six times the misfit about each voxel."""
+    found = deblurred(volume, **KNOWN, spread=0.0, iterations=3)
+    off = residual(volume, found.image, found.kernel)
+    np.testing.assert_allclose(found.uncertainty.array, combined(np.zeros_like(found.image.array), off), rtol=1e-3)
+    assert found.uncertainty.array.max() < 6.1 * np.abs(off).max()
+
+
+def test_where_the_image_does_not_explain_the_measurement_it_is_less_sure(volume: Volume):
+    """A streak that no activity through this PSF can make raises the standard deviation there, not elsewhere."""
+    streak = np.array(volume.array)
+    streak[5, 7, 4:12] *= 1.5
+    known, doubtful = (deblurred(v, **KNOWN).uncertainty.array for v in (volume, volume.with_array(streak)))
+    assert doubtful[10:12, 14:16, 8:24].mean() > 1.3 * known[10:12, 14:16, 8:24].mean()
+    np.testing.assert_allclose(doubtful[:2].mean(), known[:2].mean(), rtol=0.1)
 
 
 def test_outside_the_region_nothing_is_touched_and_nothing_claimed(volume: Volume):
