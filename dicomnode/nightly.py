@@ -134,7 +134,8 @@ class Nightly:
         try:
             spoilt, asked = self._ask_studies(peer, first, last)
         except NodeError as error:
-            self._failed(peer, str(error))
+            if not self._stop.is_set():
+                self._failed(peer, str(error))
             return
         problem = f"{len(spoilt)} of {asked} studies could not be asked for: {spoilt[0]}" if spoilt else ""
         if problem and self._failed(peer, problem) < FULL_ATTEMPTS:
@@ -254,7 +255,7 @@ class Nightly:
         else:
             if not self._arrived(row, f"fetched by {peer.retrieve}"):
                 self._sources.set(peer.name, uid, "retrieving", now=self._clock(), next_at=self._clock() + AWAIT_S,
-                                  reason=done)
+                                  reason=done.said(peer.retrieve))
         finally:
             self._open.pop(peer.name, None)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import date
+from datetime import date, timedelta
 from typing import Any
 
 from pydicom.dataset import Dataset
@@ -18,12 +18,13 @@ from pynetdicom.association import Association
 from pynetdicom.presentation import PresentationContext
 
 from dicomnode.config import Config, Peer
-from dicomnode.errors import PeerRefused, PeerUnreachable
+from dicomnode.errors import PeerRefused, PeerUnreachable, RefusedInput
 from dicomnode.headers import integer, text, values
 from dicomnode.logs import get_logger
 from dicomnode.scu import leave, named, open_association
 
-__all__ = ["MAX_ANSWERS", "Asking", "Retrieved", "SeriesFound", "StudyFound", "Times", "date_range", "retrieve"]
+__all__ = ["MAX_ANSWERS", "Asking", "Retrieved", "SeriesFound", "StudyFound", "Times", "date_range", "days_of",
+           "retrieve"]
 
 FIND = "1.2.840.10008.5.1.4.1.2.2.1"  # Study Root Query/Retrieve Information Model
 MOVE = "1.2.840.10008.5.1.4.1.2.2.2"
@@ -108,6 +109,11 @@ class Retrieved:
         """How many instances should be here now."""
         return self.completed + self.warning
 
+    def said(self, how: str) -> str:
+        """One sentence; `how` is c-move or c-get."""
+        failed = f", {self.failed} failed" if self.failed else ""
+        return f"{how.upper()} was answered with status 0x{self.status:04X}: {self.arrived} instances sent{failed}"
+
 
 def date_range(first: date, last: date) -> str:
     """A StudyDate range, both ends included (PS3.4 C.2.2.2.5).
@@ -118,6 +124,23 @@ def date_range(first: date, last: date) -> str:
     if last < first:
         raise ValueError(f"the range ends on {last}, before it begins on {first}")
     return f"{first:%Y%m%d}" if first == last else f"{first:%Y%m%d}-{last:%Y%m%d}"
+
+
+def days_of(words: str, *, today: date) -> tuple[date, date]:
+    """The first and last day that a person means: "today", "yesterday", "2024-03-01", "2024-03-01..2024-03-05".
+
+    Raises RefusedInput.
+    """
+    named = {"today": today, "yesterday": today - timedelta(days=1)}
+    first, _, last = words.strip().lower().partition("..")
+    try:
+        days = [named.get(word) or date.fromisoformat(word) for word in (first, last or first)]
+    except ValueError:
+        raise RefusedInput(f"{words!r} is no day. Remedy: e.g. 2024-03-01, 2024-03-01..2024-03-05, today, "
+                           "yesterday.") from None
+    if days[1] < days[0]:
+        raise RefusedInput(f"{words!r} ends before it begins")
+    return days[0], days[1]
 
 
 class Asking:

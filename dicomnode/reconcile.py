@@ -22,7 +22,8 @@ from dicomnode.sources import memo
 from dicomnode.spool import fsync_dir
 from dicomnode.views import timestamp
 
-__all__ = ["KEPT_DAYS", "Reconciliation", "SourceLine", "StudyLine", "asked_key", "problem_key", "report", "write"]
+__all__ = ["KEPT_DAYS", "Reconciliation", "SourceLine", "StudyLine", "asked_key", "local_day",
+           "problem_key", "report", "write"]
 
 KEPT_DAYS = 90
 OPEN_DAYS = 7  # what is still missing is shown for so long
@@ -169,6 +170,11 @@ def asked_key(source: str) -> str:
 def problem_key(source: str) -> str:
     """The memo with the reason why the last query of a source failed; "" after one that it answered."""
     return f"source.problem:{source}"
+
+
+def local_day(config: Config, now: float) -> date:
+    """The day in schedule.timezone at unix seconds `now`."""
+    return datetime.fromtimestamp(now, ZoneInfo(config.schedule.timezone)).date()
 
 
 def report(ledger: Ledger, config: Config, *, day: date, now: float) -> Reconciliation:
