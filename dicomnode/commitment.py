@@ -133,7 +133,9 @@ def answered(ledger: Ledger, *, transaction_uid: str, calling_ae: str, event_typ
                        [(reason, f"not committed: {in_words(reason)}", delivery_id, uid)
                         for uid, reason in sorted(reasons.items()) if reason != DUPLICATE_TRANSACTION])
         text = _summary(len(items), len(kept), list(reasons.values()))
-        db.execute("UPDATE commitment SET state = ?, reason = ?, answered_at = ? WHERE transaction_uid = ?",
+        # The items go: those of a year would make most of the ledger.
+        db.execute("UPDATE commitment SET state = ?, reason = ?, items = '[]', answered_at = ? "
+                   "WHERE transaction_uid = ?",
                    ("confirmed" if len(kept) == len(items) else "failed", text, now, transaction_uid))
         _conclude(ledger, delivery_id, text, late=asked["state"] == "late", now=now)
         return SUCCESS

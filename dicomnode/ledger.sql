@@ -164,7 +164,7 @@ CREATE TABLE IF NOT EXISTS commitment (     -- storage commitment that we asked 
     transaction_uid TEXT PRIMARY KEY,
     delivery_id     INTEGER NOT NULL REFERENCES delivery (id),
     ae_title        TEXT NOT NULL,          -- whom we asked: nobody else may answer
-    items           TEXT NOT NULL,          -- JSON: [SOP Instance UID, ...]
+    items           TEXT NOT NULL,          -- JSON: [SOP Instance UID, ...]; [] once it is answered
     state           TEXT NOT NULL,          -- asked, confirmed, failed, late
     reason          TEXT NOT NULL DEFAULT '',
     asked_at        REAL NOT NULL,

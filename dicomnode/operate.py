@@ -106,8 +106,9 @@ def release(ledger: Ledger, target: str, *, now: float, actor: str) -> Done:
         _revive(ledger, _dead(ledger, job["id"]), now=now)
         ledger.set_job(job["id"], "built", now=now, code="operator", reason=why, actor=actor, finished_at=None)
         ledger.settle(job["id"], now=now)
-        if ledger.job(job["id"])["state"] == "delivered":
-            return Done(job["series_uid"], job["id"], "delivered", "every peer has the derived series already")
+        state = ledger.job(job["id"])["state"]
+        if state in ("delivered", "committed"):
+            return Done(job["series_uid"], job["id"], state, "every peer has the derived series already")
         return Done(job["series_uid"], job["id"], "built", "the derived series is sent as it is")
 
 

@@ -8,6 +8,7 @@ that. After `commitment_attempts` in vain a peer that may be queried is asked wh
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 import time
@@ -48,10 +49,11 @@ class Prover:
     """Asks for what deliveries still owe. `tick` is called often and returns at once; a lane for each peer asks."""
 
     def __init__(self, config: Config, ledger: Ledger, spool: Spool, *, clock: Callable[[], float] = time.time,
-                 rng: random.Random | None = None, new_uid: Callable[[], str] = generate_uid,
+                 rng: random.Random | None = None, new_uid: Callable[[], str] | None = None,
                  stay_s: float = STAY_S) -> None:
         self._config, self._ledger, self._spool = config, ledger, spool
-        self._clock, self._rng, self._new_uid, self._stay_s = clock, rng or random.Random(), new_uid, stay_s
+        self._clock, self._rng, self._stay_s = clock, rng or random.Random(), stay_s
+        self._new_uid = new_uid or functools.partial(_uid_below, config.node.uid_root)
         self._misses: dict[int, int] = {}  # by delivery: how often in a row its peer could not be asked
         self.lanes = Lanes("prove", self.prove, self._failed)
 
@@ -86,20 +88,22 @@ class Prover:
     # --- storage commitment
 
     def _commitment(self, row: Row, job: Row, peer: Peer) -> None:
-        open_uids, due = self._open(row)
-        statuses = self._ledger.statuses(row["id"])
-        left = [uid for uid in commitment.uncommitted(self._ledger, row["id"]) if uid not in open_uids]
+        limit = self._config.delivery.commitment_attempts
+        with self._ledger.transaction():  # no answer slips in between what is read and when is looked again
+            open_uids, due = self._open(row)
+            statuses = self._ledger.statuses(row["id"])
+            left = [uid for uid in commitment.uncommitted(self._ledger, row["id"]) if uid not in open_uids]
+            if due and (row["proofs"] >= limit or not left):
+                self._look_again(row, min(due))
+                return
         failed = [uid for uid in left if not stored(statuses.get(uid))]
-        spent = row["proofs"] >= self._config.delivery.commitment_attempts
-        if due and (spent or not left):
-            self._look_again(row, min(due))
-        elif failed and not spent:
+        if failed and row["proofs"] < limit:
             self._resend(row, len(failed), f"not committed: {_reasons(statuses, failed)}")
         elif failed:
             self._give_up(row, f"{peer.name} does not commit to {len(failed)} of {job['derived_instances']} instances, "
                                f"though they were sent again: {_reasons(statuses, failed)}",
                           "look into the log of the peer")
-        elif not spent:
+        elif row["proofs"] < limit:
             self._ask(row, job, peer, left)
         elif peer.query:
             self._find(row, job, peer, instead="storage commitment was not given; ")
@@ -248,7 +252,8 @@ class Prover:
                        "WHERE id = :id AND state = 'delivered'", {**columns, "id": row["id"]})
 
     def _resend(self, row: Row, count: int, why: str) -> None:
-        self._set(row, "waiting", next_at=self._clock(), prove_at=None, proofs=row["proofs"],
+        now = self._clock()  # from which the delivery's age counts anew: it was delivered once
+        self._set(row, "waiting", next_at=now, created_at=now, attempts=0, prove_at=None, proofs=row["proofs"],
                   reason=f"{count} instances are sent again: {why}")
 
     def _later(self, row: Row, reason: str, *, proofs: int | None = None) -> None:
@@ -271,6 +276,11 @@ class Prover:
                   reason=f"{reason}. Remedy: {remedy}; then `dicomnode retry job:{row['job_id']}`.")
         log.error("a delivery could not be proven", action="proof_dead", job=row["job_id"], peer=row["peer"],
                   reason=reason)
+
+
+def _uid_below(root: str) -> str:
+    """A new UID; below 2.25 it is made of a UUID (PS3.5 B.2)."""
+    return str(generate_uid(prefix=None if root == "2.25" else f"{root}."))
 
 
 def _request(association: Any, transaction_uid: str, items: Sequence[tuple[str, str]], timeout_s: float) -> str:
