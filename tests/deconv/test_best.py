@@ -318,13 +318,13 @@ def test_one_member_tells_only_what_it_leaves_unexplained(volume: Volume):
     assert found.uncertainty.array.max() < 6.1 * np.abs(off).max()
 
 
-def test_where_the_image_does_not_explain_the_measurement_it_is_less_sure(volume: Volume):
-    """A streak that no activity through this PSF can make raises the standard deviation there, not elsewhere."""
-    streak = np.array(volume.array)
-    streak[5, 7, 4:12] *= 1.5
-    known, doubtful = (deblurred(v, **KNOWN).uncertainty.array for v in (volume, volume.with_array(streak)))
-    assert doubtful[10:12, 14:16, 8:24].mean() > 1.3 * known[10:12, 14:16, 8:24].mean()
-    np.testing.assert_allclose(doubtful[:2].mean(), known[:2].mean(), rtol=0.1)
+def test_where_the_image_does_not_explain_the_measurement_it_is_less_sure():
+    """A hot voxel too narrow for the PSF raises the standard deviation about it, by six times the misfit there."""
+    spread, off = np.zeros((20, 40, 40), np.float32), np.zeros((10, 20, 20), np.float32)
+    off[5, 10, 10] = 1.0
+    sd = combined(spread, off)
+    assert sd[10:12, 20:22, 20:22].min() == sd.max() > 0.8
+    assert sd[:2].max() < 0.1 * sd.max()
 
 
 def test_outside_the_region_nothing_is_touched_and_nothing_claimed(volume: Volume):
