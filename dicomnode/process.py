@@ -29,7 +29,7 @@ __all__ = ["PARENT_VARIABLE", "Pulse", "die_first", "end", "notify", "on_hangup"
 
 PARENT_VARIABLE = "DICOMNODE_PARENT"  # process id of the supervisor, handed to its children
 LACKS_MEMORY = ("MemoryError", "out of memory", "bad_alloc", "can't allocate memory", "Cannot allocate memory",
-                "ALLOC_FAILED")
+                "failed to map segment", "ALLOC_FAILED")
 GPU_FAULTS = ("CUDA error", "CUBLAS_STATUS", "CUDNN_STATUS", "cuDNN error", "CUFFT_", "cuFFT error")
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
