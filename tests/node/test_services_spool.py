@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
 
 import pytest
+from pydicom.dataset import Dataset
 from pydicom.uid import (
+    UID,
     CTImageStorage,
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
     PositronEmissionTomographyImageStorage,
 )
+from pynetdicom import AE, build_context, build_role
+from pynetdicom.dimse_primitives import C_GET
+from pynetdicom.dsutils import encode
 
+from dicomnode.services.desk import RETRIEVALS
 from tests.factories import ct_series, pet_series
 from tests.node.spoolpeers import (
     PATIENT_FIND,
     STUDY_FIND,
+    STUDY_GET,
     add_derived,
     associated,
     counts,
@@ -278,6 +287,40 @@ def test_a_get_counts_what_the_peer_cannot_take(spool):
     final, failed = responses[-1]
     assert final.Status == 0xB000 and counts(final) == (9, 4, 0) and len(came) == 9
     assert failed is not None and set(failed.FailedSOPInstanceUIDList) == {ds.SOPInstanceUID for ds in GUIDE}
+
+
+def test_a_peer_that_stops_reading_holds_nothing_for_long(tmp_path):
+    """A C-GET to peers that take no bytes ends with network_timeout_s, in little memory; others get their turn."""
+    with ReceiverProcess(tmp_path, peers=peers(), reception="low_disk_mb = 1\nnetwork_timeout_s = 1.5\n"
+                         "dimse_timeout_s = 3") as node:
+        slices = ct_series(slices=2, rows=2048, columns=2048, seed=6)
+        send(node, slices)
+        asked = identifier("STUDY", StudyInstanceUID=slices[0].StudyInstanceUID)
+        before = node.memory_mb()
+        deaf = [unread_get(node.port, asked) for _ in range(RETRIEVALS)]
+        responses, came = get(node.port, asked, [(CT, ExplicitVRLittleEndian)])
+        assert responses[-1][0].Status == 0x0000 and len(came) == 2
+        assert node.memory_mb() - before < 40
+        for connection in deaf:
+            connection.close()
+
+
+def unread_get(port: int, asked: Dataset) -> socket.socket:
+    """A C-GET whose answers nobody reads; keep the connection."""
+    ae = AE("VIEWER")
+    assoc = ae.associate("127.0.0.1", port, [build_context(STUDY_GET), build_context(CT, ExplicitVRLittleEndian)],
+                         ae_title="NBDNODE", ext_neg=[build_role(CT, scp_role=True)])
+    assert assoc.is_established and assoc.dul.socket is not None and assoc.dul.socket.socket is not None
+    connection = assoc.dul.socket.socket.dup()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    request = C_GET()
+    request.MessageID, request.Priority, request.AffectedSOPClassUID = 1, 2, UID(STUDY_GET)
+    request.Identifier = BytesIO(encode(asked, True, True) or b"")
+    assoc.dimse.send_msg(request, assoc.accepted_contexts[0].context_id or 0)
+    time.sleep(0.1)
+    assoc.dul.kill_dul()
+    assoc.kill()
+    return connection
 
 
 def test_a_sender_that_offers_no_roles_is_answered_without_them(spool):
