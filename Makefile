@@ -1,5 +1,6 @@
 # make demo: a study through a whole node on this machine.   make test: what must hold.   make help: the rest.
-# Nothing is installed outside .venv, except Debian packages for the tests (scripts/system-packages.sh).
+# Nothing is installed outside .venv, except Debian packages for the tests (scripts/system-packages.sh), and by
+# `make install` and `make uninstall`, which are for root.
 
 PYTHON  ?= python3
 VENV    ?= .venv
@@ -12,7 +13,7 @@ TEST_ENV := OMP_NUM_THREADS=1 TCP_NODELAY=1 PATH="$(CURDIR)/$(BIN):$$PATH"
 PYTEST   := $(TEST_ENV) $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-gpu check bench install system-packages clean
+.PHONY: help demo test test-slow test-gpu check bench venv install uninstall system-packages clean
 
 help:
 	@echo "make demo        install into $(VENV), then run the demo into $(OUT)"
@@ -21,9 +22,18 @@ help:
 	@echo "make test-gpu    the tests that need a CUDA device"
 	@echo "make check       ruff and mypy"
 	@echo "make bench       all benchmarks"
+	@echo "make venv        install into $(VENV)"
+	@echo "make install     as root: system services on this machine (docs/install.md); uninstall keeps all data"
 	@echo "make clean       remove $(VENV), caches and $(OUT)"
 
-install: $(VENV)/.installed
+venv: $(VENV)/.installed
+
+install:
+	@PYTHON="$(PYTHON)" sh scripts/install.sh $(if $(DESTDIR),--destdir "$(DESTDIR)") \
+	  $(if $(TORCH_INDEX),--torch-index "$(TORCH_INDEX)")
+
+uninstall:
+	@PYTHON="$(PYTHON)" sh scripts/install.sh --uninstall $(if $(DESTDIR),--destdir "$(DESTDIR)")
 
 demo: $(VENV)/.installed
 	$(BIN)/dicomnode demo $(OUT)

@@ -99,11 +99,11 @@ def _machine(config: Config, machine: Machine, now: float) -> Iterator[Trouble]:
                       f"{_minutes(machine.clock_back_s)}. Remedy: keep it by systemd-timesyncd or chrony", once=True)
     if machine.died:
         yield Trouble(f"once:died:{now:.0f}", "warning", "the worker ended without being stopped (crash, kill or power "
-                      "loss) and runs again. Remedy: journalctl -u dicomnode-work", once=True)
+                      "loss) and runs again. Remedy: journalctl --namespace=dicomnode -u dicomnode-work", once=True)
     restarts = [at for at in machine.starts if now - RESTARTS_S < at <= now]
     if len(restarts) > RESTARTS:
         yield Trouble("restarts", "problem", f"the worker started {len(restarts)} times within an hour. "
-                      "Remedy: journalctl -u dicomnode-work")
+                      "Remedy: journalctl --namespace=dicomnode -u dicomnode-work")
 
 
 def _workers(ledger: Ledger, config: Config, now: float) -> Iterator[Trouble]:
