@@ -25,6 +25,7 @@ from dicomnode.errors import CannotUnderstand, DiskFull, NodeError, TooLarge
 from dicomnode.objectindex import NATIVE, Incomplete, ObjectIndex, read_index, require_unpackable
 from dicomnode.sections import Reception
 from dicomnode.spool import Spool, valid_uid
+from sop.bounded import BoundedFile
 from sop.uids import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
 
 __all__ = ["Intake", "Limits", "Request", "file_meta"]
@@ -162,7 +163,7 @@ class Intake(io.BytesIO):
     def _data_set(self) -> BinaryIO:
         """The file, where the data set begins."""
         assert self.path is not None
-        file = self.path.open("rb")
+        file = BoundedFile(self.path)
         file.seek(self.file_size - self.size)
         return file
 

@@ -161,9 +161,13 @@ def _inflated_size(stream: BinaryIO, limit: int) -> int:
 
 
 def _raw(found: Dataset, keyword: str) -> bytes:
+    """The bytes as they came; none where absent, a sequence, or under a VR that pydicom does not know."""
     if _TAGS[keyword] not in found:
         return b""
-    value = found.get_item(_TAGS[keyword]).value
+    try:
+        value = found.get_item(_TAGS[keyword]).value
+    except (NotImplementedError, ValueError, TypeError, LookupError, AttributeError):
+        return b""
     return value if isinstance(value, bytes) else b""
 
 

@@ -47,12 +47,13 @@ from dicomnode.groupcommit import GroupCommitter
 from dicomnode.intake import Intake, Limits, Request
 from dicomnode.keeping import CONFLICT, keep, status_of
 from dicomnode.ledger import Kept, Ledger
+from dicomnode.listening import Server
 from dicomnode.logs import get_logger
 from dicomnode.objectindex import ObjectIndex
 from dicomnode.services.desk import Desk
 from dicomnode.spool import Spool
 from dicomnode.tls import ServerTls
-from dicomnode.transport import Acceptor, Server, peer_address
+from dicomnode.transport import Acceptor, peer_address
 from sop.uids import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
 
 __all__ = ["CONFLICT", "Receiver", "STORAGE_CLASSES", "TRANSFER_SYNTAXES"]

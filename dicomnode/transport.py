@@ -4,8 +4,8 @@ What is changed, each for a measured or provable reason: threads sleep until som
 thousand times a second; sockets read whole PDUs instead of 4 kB pieces, send without delay and give up on a peer that
 stops in the middle of a PDU; a PDU longer than we announced ends the association instead of growing in memory; the
 presentation contexts are shared instead of copied for each association; the data set of a C-STORE goes to disk as it
-arrives, uncopied; connections beyond a limit are closed at once; a TLS handshake has a thread of its own, so that the
-next connection is accepted meanwhile; an association that lasts too long is aborted.
+arrives, uncopied; an association that lasts too long is aborted, one whose peer breaks the protocol ends in order. The
+ports are in listening.py.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
-from pynetdicom import evt
 from pynetdicom._globals import MODE_ACCEPTOR
 from pynetdicom.ae import ApplicationEntity
 from pynetdicom.association import Association
@@ -33,17 +32,20 @@ from pynetdicom.dimse_primitives import C_STORE
 from pynetdicom.dul import DULServiceProvider
 from pynetdicom.pdu_primitives import P_DATA
 from pynetdicom.presentation import PresentationContext
-from pynetdicom.transport import AssociationServer, AssociationSocket, RequestHandler
+from pynetdicom.transport import AssociationSocket
 
 from dicomnode.command import store_response
 from dicomnode.config import Peer
 from dicomnode.intake import Intake
-from dicomnode.tls import ServerTls, Session, reason_of, session_of
+from dicomnode.logs import get_logger
+from dicomnode.tls import Session
 
-__all__ = ["Acceptor", "Server", "Service", "peer_address"]
+__all__ = ["ASSOCIATE_LIMIT", "Acceptor", "MakeIntake", "Service", "Socket", "peer_address"]
 
+log = get_logger("transport")
+_ABORT = bytes([7, 0, 0, 0, 0, 4, 0, 0, 2, 6])  # A-ABORT by the provider: invalid PDU parameter (PS3.8 Table 9-26)
 _ABORT_S = 2.0  # seconds that an A-ABORT may take to go out
-_ASSOCIATE_LIMIT = 2**20  # bytes; 128 contexts with every transfer syntax take a tenth of it
+ASSOCIATE_LIMIT = 2**20  # bytes; 128 contexts with every transfer syntax take a tenth of it
 _QUEUED = 32  # primitives that wait to be sent; whoever sends more waits for the peer
 MakeIntake = Callable[["Acceptor", "DIMSEMessage"], Intake]
 Service = Callable[["Acceptor", Any, PresentationContext], None]
@@ -59,10 +61,10 @@ def decrypted(connection: socket.socket) -> bool:
     return isinstance(connection, ssl.SSLSocket) and connection.pending() > 0
 
 
-class _Socket(AssociationSocket):
+class Socket(AssociationSocket):
     """Reads what is asked for in as few calls as the kernel allows."""
 
-    pdu_limit = _ASSOCIATE_LIMIT
+    pdu_limit = ASSOCIATE_LIMIT
 
     @property
     def ready(self) -> bool:
@@ -133,7 +135,8 @@ class _Dul(DULServiceProvider):
                 os.eventfd_write(self._wake, 1)
 
     def send_pdu(self, primitive: Any) -> None:
-        while self.to_provider_queue.qsize() >= _QUEUED and self.is_alive() and self is not threading.current_thread():
+        while (self.to_provider_queue.qsize() >= _QUEUED and self.is_alive() and self.to_user_queue.empty()
+               and self is not threading.current_thread()):
             time.sleep(0.001)
         super().send_pdu(primitive)
         self.wake()
@@ -152,7 +155,14 @@ class _Dul(DULServiceProvider):
     def run_reactor(self) -> None:
         try:
             super().run_reactor()
+        except Exception as error:  # bytes of strangers, or our answer when they had broken the protocol meanwhile
+            log.warning("A peer broke the protocol; its association is ended.", action="protocol_broken",
+                        error=f"{type(error).__name__}: {error}"[:200], address=peer_address(self.assoc))
+            cast(Socket, self.socket).send(_ABORT)
+            self.assoc.is_aborted, self.assoc.is_established = True, False
+            cast("Acceptor", self.assoc).abort_connection()
         finally:
+            cast(_Dimse, self.assoc.dimse).no_more()
             with self._wake_lock:
                 os.close(self._wake)
                 self._wake = -1
@@ -179,7 +189,7 @@ class _Dul(DULServiceProvider):
 
     def _read_pdu_data(self) -> None:
         """A P-DATA-TF PDU that only continues a data set goes into it at once; all others take the usual way."""
-        wrapped = cast(_Socket, self.socket)
+        wrapped = cast(Socket, self.socket)
         try:
             header = wrapped.recv(6)
             if len(header) < 6:
@@ -225,14 +235,29 @@ class _Dimse(DIMSEServiceProvider):
     """Receives data sets into an Intake."""
 
     make_intake: MakeIntake
+    _over = False
 
     def receive_primitive(self, primitive: P_DATA) -> None:
         if self.message is None:
             self.message = DIMSEMessage()
             self.message.data_set = self.make_intake(cast("Acceptor", self.assoc), self.message)
-        super().receive_primitive(primitive)
+        try:
+            self._require_order(primitive)
+            super().receive_primitive(primitive)
+        except Exception:  # bytes of strangers: whatever the decoder raises, the message is invalid
+            self._drop()
+            self.dul.event_queue.put("Evt19")
+            return
         if self.message is None:
             cast("Acceptor", self.assoc).stir()
+
+    def _require_order(self, primitive: P_DATA) -> None:
+        """Raises ValueError for a command set in the middle of a message (PS3.8 Annex E.2)."""
+        known = self.message is not None and bool(self.message.command_set)
+        for _, fragment in primitive.presentation_data_value_list:
+            if fragment[0] & 1 and known:
+                raise ValueError("a second command set in one message")
+            known = known or fragment[0] & 3 == 3
 
     def send_msg(self, primitive: Any, context_id: int) -> None:
         """C-STORE responses are encoded directly; anything else as pynetdicom does."""
@@ -248,17 +273,29 @@ class _Dimse(DIMSEServiceProvider):
         self.dul.send_pdu(data)
 
     def discard(self) -> None:
-        """Forget data sets that no handler will take: the association is over."""
-        left = [] if self.message is None else [self.message.data_set]
-        self.message = None
+        """Forget data sets that no handler will take: the association is over, whatever may still arrive."""
+        self._over = True
+        self._drop()
         while True:
             _, request = self.get_msg(block=False)
             if request is None:
                 break
-            left.append(getattr(request, "DataSet", None))
-        for data_set in left:
-            if isinstance(data_set, Intake):
-                data_set.discard()
+            _forget(getattr(request, "DataSet", None))
+
+    def no_more(self) -> None:
+        """Nothing arrives any more: what is unfinished stays so, and whole messages wait for an association alone."""
+        self._drop()
+        if self._over:
+            self.discard()
+
+    def _drop(self) -> None:
+        message, self.message = self.message, None
+        _forget(None if message is None else message.data_set)
+
+
+def _forget(data_set: Any) -> None:
+    if isinstance(data_set, Intake):
+        data_set.discard()
 
 
 class Acceptor(Association):
@@ -303,6 +340,12 @@ class Acceptor(Association):
                 socket.socket.shutdown(connection, socket.SHUT_RDWR)
 
     def _serve_request(self, msg: Any, context_id: int) -> None:
+        try:
+            self._serve(msg, context_id)
+        finally:
+            _forget(getattr(msg, "DataSet", None))  # also of a request that no handler got to see
+
+    def _serve(self, msg: Any, context_id: int) -> None:
         if not msg.is_valid_request:  # pynetdicom would say nothing and let the peer wait
             self.abort()
             return
@@ -372,127 +415,3 @@ class Acceptor(Association):
         finally:
             cast(_Dimse, self.dimse).discard()
             self.on_end(self)
-
-
-class _Handler(RequestHandler):
-    """Makes the association of an accepted connection."""
-
-    server: Server
-
-    def handle(self) -> None:
-        if self.server.full() and not self.server.drop_oldest_without_request():
-            self.server.shutdown_request(self.request)
-            return
-        super().handle()
-
-    def _create_association(self) -> Acceptor:
-        server, ae = self.server, self.ae
-        connection = cast(socket.socket, self.request)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        connection.settimeout(ae.network_timeout)
-        assoc = Acceptor(ae, server.make_intake, server.on_end, monotonic=server.monotonic,
-                         ends_at=server.monotonic() + server.association_limit_s)
-        assoc.tls = session_of(connection)
-        assoc.services = server.services
-        assoc._server = server
-        wrapped = _Socket(assoc, client_socket=connection)
-        wrapped.pdu_limit = max(_ASSOCIATE_LIMIT, ae.maximum_pdu_size)
-        assoc.set_socket(wrapped)
-        assoc.acceptor.maximum_length = ae.maximum_pdu_size
-        assoc.acceptor.ae_title = server.ae_title
-        assoc.acceptor.address_info = self.local
-        assoc.acceptor.implementation_class_uid = ae.implementation_class_uid
-        assoc.acceptor.implementation_version_name = ae.implementation_version_name
-        assoc.acceptor.supported_contexts = server.contexts
-        assoc.requestor.address_info = self.remote
-        for event, handlers in server._handlers.items():
-            if event.is_intervention and handlers:
-                assoc.bind(event, *cast(tuple[Any, ...], handlers))
-            elif isinstance(event, evt.NotificationEvent):
-                for handler in cast(list[tuple[Any, Any]], handlers):
-                    assoc.bind(event, *handler)
-        server.opened(assoc)
-        return assoc
-
-
-class Server(AssociationServer):
-    """Listens; `serve_forever()` until `shutdown()`.
-
-    tls                  None: a plain port.
-    on_tls_failure       told the address and the reason of a handshake that came to nothing.
-    association_limit_s  an association that lasts longer is aborted.
-    """
-
-    request_queue_size = 256
-
-    def __init__(self, ae: ApplicationEntity, *args: Any, make_intake: MakeIntake, on_end: Callable[[Acceptor], None],
-                 connection_limit: int, association_limit_s: float, tls: ServerTls | None = None,
-                 services: Mapping[type, Service] | None = None,
-                 on_tls_failure: Callable[[str, str], None] = lambda *_: None,
-                 monotonic: Callable[[], float] = time.monotonic, **kwargs: Any) -> None:
-        self.make_intake = make_intake
-        self.connection_limit = connection_limit
-        self.association_limit_s = association_limit_s
-        self.monotonic = monotonic
-        self.services = services or {}
-        self._tls, self._on_tls_failure = tls, on_tls_failure
-        self._shaking = threading.BoundedSemaphore(connection_limit)
-        self._on_end = on_end
-        self._open: dict[Acceptor, None] = {}  # in order of arrival
-        kwargs["request_handler"] = _Handler
-        super().__init__(ae, *args, **kwargs)
-        ae._servers.append(cast(Any, self))
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """One accepted connection; the TLS handshake must not keep the next one waiting."""
-        if self._tls is None:
-            super().process_request(request, client_address)
-        elif self._shaking.acquire(blocking=False):
-            threading.Thread(target=self._shake_hands, args=(request, client_address), name="handshake",
-                             daemon=True).start()
-        else:
-            self.shutdown_request(request)
-
-    def _shake_hands(self, request: socket.socket, client_address: Any) -> None:
-        assert self._tls is not None
-        try:
-            request.settimeout(self.ae.acse_timeout)  # for the whole of the handshake
-            connection = self._tls.context().wrap_socket(request, server_side=True)
-        except OSError as error:
-            self._on_tls_failure(str(client_address[0]), reason_of(error))
-            self.shutdown_request(request)
-            return
-        finally:
-            self._shaking.release()
-        try:
-            self.finish_request(cast(Any, connection), client_address)
-        except Exception:
-            self.handle_error(connection, client_address)
-            self.shutdown_request(connection)
-
-    def opened(self, assoc: Acceptor) -> None:
-        self._open[assoc] = None
-
-    def on_end(self, assoc: Acceptor) -> None:
-        self._open.pop(assoc, None)
-        self._on_end(assoc)
-
-    def full(self) -> bool:
-        return len(self._open) >= self.connection_limit
-
-    def drop_oldest_without_request(self) -> bool:
-        """Close the connection that has owed its A-ASSOCIATE request longest; False where all have sent theirs."""
-        for assoc in self.associations():
-            wrapped = assoc.dul.socket
-            if assoc.requestor.primitive is None and wrapped is not None and wrapped.socket is not None:
-                self._open.pop(assoc, None)
-                assoc.abort_connection()
-                return True
-        return False
-
-    def associations(self) -> list[Acceptor]:
-        return list(self._open)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A connection that broke before it became an association; nothing is owed to it."""

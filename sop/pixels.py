@@ -26,6 +26,7 @@ from pydicom.uid import (
     RLETransferSyntaxes,
 )
 
+from sop.bounded import BoundedFile
 from sop.codestream import declared_pixels
 from sop.errors import Refused
 from sop.header import integer, raw_elements, text
@@ -61,9 +62,10 @@ def load(path: Path, *, pixels: bool) -> Dataset:
     """
     try:
         _refuse_if_bomb(path)
-        if pixels:
-            return dcmread(path, specific_tags=NEEDED)
-        header = dcmread(path, stop_before_pixels=True)
+        with BoundedFile(path) as file:
+            if pixels:
+                return dcmread(file, specific_tags=NEEDED)
+            header = dcmread(file, stop_before_pixels=True)
     except (MemoryError, Refused):
         raise
     except FileNotFoundError as error:
