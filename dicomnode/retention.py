@@ -39,6 +39,7 @@ DAY_S = 86400.0
 UNSENT_S = 3600.0    # a person who cancelled by mistake has this long to say so
 GUIDE_S = DAY_S      # a CT that came again waits for the rest of its study
 FULL_S = 3600.0      # between two searches for what is old enough; the disk is looked at at every tick
+TICK_S = 10.0        # a tick lasts no longer: it must not hold up the end of the process
 BATCH = 500          # files removed under one write lock
 MIB = 2**20
 MEMO = "purge:series:"
@@ -55,13 +56,13 @@ _CONFIRMED = """(j.state = 'committed' OR (j.state = 'delivered' AND NOT EXISTS 
        AND NOT (d.state = 'committed' OR (d.state = 'delivered' AND d.confirm = 'store')))))"""
 _SENT = "EXISTS (SELECT 1 FROM delivery d JOIN delivery_instance di ON di.delivery_id = d.id WHERE d.job_id = j.id)"
 _STILL_THERE = f"""(s.purged_at IS NULL OR s.last_at > s.purged_at)
-   AND NOT EXISTS (SELECT 1 FROM job o WHERE s.series_uid IN (o.series_uid, o.guide_series_uid)
-                   AND o.state IN {UNFINISHED})
-   AND NOT EXISTS (SELECT 1 FROM conflict c WHERE c.series_uid = s.series_uid AND NOT c.accepted)
-   AND (:series IS NULL OR s.series_uid = :series)"""
+   AND NOT EXISTS (SELECT 1 FROM job o WHERE o.series_uid = s.series_uid AND o.state IN {UNFINISHED})
+   AND NOT EXISTS (SELECT 1 FROM conflict c WHERE c.series_uid = s.series_uid AND NOT c.accepted)"""
 _SERIES_RESTS = "(SELECT state FROM series WHERE series.series_uid = j.series_uid) IN ('matched', 'ignored')"
 _PET_LEFT = """EXISTS (SELECT 1 FROM series p WHERE p.study_uid = s.study_uid AND p.series_uid != s.series_uid
    AND p.modality = 'PT' AND p.state != 'ignored' AND (p.purged_at IS NULL OR p.last_at > p.purged_at))"""
+_JOB_LEFT = f"""EXISTS (SELECT 1 FROM series p JOIN job o ON o.series_uid = p.series_uid
+   WHERE p.study_uid = s.study_uid AND o.state IN {UNFINISHED})"""
 _PET_CAME = """EXISTS (SELECT 1 FROM series p WHERE p.study_uid = s.study_uid AND p.modality = 'PT'
    AND p.state != 'ignored')"""
 
@@ -71,7 +72,8 @@ SELECT s.*, max(coalesce(j.finished_at, 0), s.last_at, {_RESTORED}) AS since
   FROM series s JOIN job j ON {_NEWEST} WHERE s.state = 'matched' AND {_CONFIRMED} AND {_STILL_THERE}""",
     "guides": f"""
 SELECT s.*, max(s.last_at, {_RESTORED}) AS since
-  FROM series s WHERE s.state = 'ignored' AND s.is_guide AND {_PET_CAME} AND NOT {_PET_LEFT} AND {_STILL_THERE}""",
+  FROM series s WHERE s.state = 'ignored' AND s.is_guide AND {_PET_CAME} AND NOT {_PET_LEFT} AND NOT {_JOB_LEFT}
+   AND {_STILL_THERE}""",
     "ignored": f"""
 SELECT s.*, max(coalesce(j.finished_at, 0), s.last_at, {_RESTORED}) AS since
   FROM series s LEFT JOIN job j ON {_NEWEST}
@@ -81,11 +83,11 @@ SELECT s.*, max(coalesce(j.finished_at, 0), s.last_at, {_RESTORED}) AS since
 DERIVED_SQL = {
     "derived": f"""
 SELECT j.id, j.study_uid, j.series_uid, j.state, j.derived_path, coalesce(j.finished_at, j.built_at) AS since
-  FROM job j WHERE j.derived_path IS NOT NULL AND (:job IS NULL OR j.id = :job) AND {_SERIES_RESTS}
+  FROM job j WHERE j.derived_path IS NOT NULL AND {_SERIES_RESTS}
    AND ({_CONFIRMED} OR (j.state IN ('superseded', 'cancelled') AND {_SENT}))""",
     "unsent": f"""
 SELECT j.id, j.study_uid, j.series_uid, j.state, j.derived_path, coalesce(j.finished_at, j.built_at) AS since
-  FROM job j WHERE j.derived_path IS NOT NULL AND (:job IS NULL OR j.id = :job) AND {_SERIES_RESTS}
+  FROM job j WHERE j.derived_path IS NOT NULL AND {_SERIES_RESTS}
    AND j.state IN ('superseded', 'cancelled') AND NOT {_SENT}""",
 }
 
@@ -111,16 +113,18 @@ class Purger:
 
     def tick(self) -> int:
         """Finish what was begun, remove what is old enough, then what must go for space; how many things went."""
-        now = self._clock()
+        now, until = self._clock(), time.monotonic() + TICK_S
         self._finish()
         gone = 0
         if abs(now - self._full_at) >= FULL_S:
-            self._full_at = now
             for one in self._candidates():
+                if time.monotonic() > until:
+                    return gone  # the rest at the next tick
                 if one.since <= now - self._keep_s(one.kind):
                     gone += self._purge(one, now) is not None
             self._sweep_derived()
-        return gone + self._make_room(now)
+            self._full_at = now
+        return gone + self._make_room(now, until)
 
     # --- what may go
 
@@ -138,10 +142,10 @@ class Purger:
         """All that is confirmed or unwanted, of kinds that are not kept for ever; oldest first."""
         found = [_Candidate(kind, row["since"], uid=row["series_uid"])
                  for kind, sql in SERIES_SQL.items() if self._keep_s(kind) < float("inf")
-                 for row in self._ledger.query(sql, {"series": None})]
+                 for row in self._ledger.query(sql)]
         found += [_Candidate(kind, row["since"], job=row["id"])
                   for kind, sql in DERIVED_SQL.items() if self._keep_s(kind) < float("inf")
-                  for row in self._ledger.query(sql, {"job": None})]
+                  for row in self._ledger.query(sql)]
         return sorted(found, key=lambda one: (one.since, one.uid, one.job))
 
     def _size(self, folder: str) -> int:
@@ -150,21 +154,20 @@ class Purger:
         except FileNotFoundError:
             return 0
 
-    def _make_room(self, now: float) -> int:
+    def _make_room(self, now: float, until: float) -> int:
         """Below retention.free_mb: what may go goes whatever its age, until as many bytes have gone as were lacking."""
         lacking = self._limits.free_mb * MIB - self._free()
         if lacking <= 0:
             return 0
         gone = 0
         for one in self._candidates():
-            if lacking <= 0:
-                break
+            if lacking <= 0 or time.monotonic() > until:
+                return gone
             if one.kind == "guides" and one.since > now - GUIDE_S:
                 continue
             freed = self._purge(one, now)
             if freed is not None:
                 gone, lacking = gone + 1, lacking - freed
-        self._sweep_derived()
         if lacking > 0:
             self._stuck(now)
         return gone
@@ -190,7 +193,7 @@ class Purger:
 
     def _purge_series(self, one: _Candidate, now: float) -> int | None:
         with self._ledger.transaction() as db:
-            rows = self._ledger.query(SERIES_SQL[one.kind], {"series": one.uid})
+            rows = self._ledger.query(f"{SERIES_SQL[one.kind]} AND s.series_uid = ?", (one.uid,))
             if not rows:
                 return None  # something has changed since: a new object, a person, a job
             row = rows[0]
@@ -225,7 +228,7 @@ class Purger:
 
     def _purge_derived(self, one: _Candidate, now: float) -> int | None:
         with self._ledger.transaction() as db:
-            rows = self._ledger.query(DERIVED_SQL[one.kind], {"job": one.job})
+            rows = self._ledger.query(f"{DERIVED_SQL[one.kind]} AND j.id = ?", (one.job,))
             if not rows:
                 return None
             row, size = rows[0], self._size(rows[0]["derived_path"])

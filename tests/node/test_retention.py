@@ -336,6 +336,36 @@ def test_crash_between_two_files_is_finished_and_a_resend_meanwhile_is_kept(
     assert files(line) == 8 and codes(line, uid) == ["purged", "restored"]
 
 
+def test_crash_at_any_step_is_finished_by_the_next_tick(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At each file removed, each folder made durable, each folder removed; the purge is one event all the same."""
+    steps = [(Path, "unlink"), (retention, "fsync_dir"), (Path, "rmdir")]
+    crashed = 0
+    for last in range(9):
+        uid, _ = delivered(line, pet_series(slices=4, seed=last))
+        line.now += 11 * DAY
+        left = itertools.count(last, -1)
+        with monkeypatch.context() as patch:
+            for owner, name in steps:
+                patch.setattr(owner, name, _dies(getattr(owner, name), left))
+            try:
+                purge(line)
+            except KeyboardInterrupt:
+                crashed += 1
+        purge(line)
+        assert files(line) == 0 and codes(line, uid) == ["purged"], last
+        assert line.ledger.query("SELECT * FROM memo WHERE key LIKE 'purge:%'") == []
+    assert crashed == 8, "each step was reached once, and the last round had none left"
+
+
+def _dies(call: Any, left: Iterator[int]) -> Any:
+    def dying(*arguments: Any, **options: Any) -> Any:
+        if next(left) == 0:
+            raise KeyboardInterrupt
+        return call(*arguments, **options)
+
+    return dying
+
+
 def test_many_files_go_in_batches(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
     """The receiver waits for one batch, not for a series of thousands; what a crash left is taken up."""
     monkeypatch.setattr(retention, "BATCH", 3)
