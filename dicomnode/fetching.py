@@ -49,8 +49,12 @@ def fetch(config: Config, ledger: Ledger, spool: Spool, what: Fetch, *, clock: C
         return retrieve(peer, times, study_uid=what.study_uid, series_uid=what.series_uid, instances=missing,
                         on_open=on_open, on_progress=on_progress)
     with Keeper(config, spool, ledger, calling_ae=peer.ae_title, address=peer.host, clock=clock) as keeper:
-        done = retrieve(peer, times, study_uid=what.study_uid, series_uid=what.series_uid, instances=missing,
-                        keep=keeper.on_c_store, on_open=on_open, on_progress=on_progress)
+        try:
+            done = retrieve(peer, times, study_uid=what.study_uid, series_uid=what.series_uid, instances=missing,
+                            keep=keeper.on_c_store, on_open=on_open, on_progress=on_progress)
+        except PeerRefused:
+            if not keeper.refused:
+                raise
     if keeper.refused:
         raise NodeError(f"{len(keeper.refused)} of {len(keeper.refused) + keeper.kept} instances that came by C-GET "
                         f"could not be kept: {keeper.refused[0]}")

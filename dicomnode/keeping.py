@@ -116,7 +116,12 @@ class Keeper:
         return SUCCESS
 
     def _refusal(self, error: NodeError) -> Dataset:
+        if not self.refused:  # one line of history for them all: a full disk refuses every one
+            reason = f"an object fetched by C-GET answered 0x{error.status:04X}: {error}"
+            try:
+                self._ledger.event("reception", now=self._clock(), code=type(error).__name__, actor=self._calling_ae,
+                                   reason=reason)
+            except sqlite3.Error as why:  # the answer to the peer must not depend on it
+                log.error(reason, action="store_refused", ledger=str(why))
         self.refused.append(str(error))
-        self._ledger.event("reception", now=self._clock(), code=type(error).__name__, actor=self._calling_ae,
-                           reason=f"an object fetched by C-GET answered 0x{error.status:04X}: {error}")
         return status_of(error.status, str(error))

@@ -7,6 +7,7 @@ rounds like anything else (dicomnode/nightly.py).
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 import time
 from collections.abc import Callable
@@ -98,6 +99,8 @@ class SourceCounts:
                         with self._lock:
                             again = self._clock() + PAUSE_MAX_S
                             self._refused[peer.name, question.series_uid] = (str(error), again)
+        except sqlite3.ProgrammingError:
+            return  # the ledger was closed: the node is ending
         except Exception as error:
             if not isinstance(error, NodeError):
                 log.exception("a source cannot be asked for counts", action="count_error", peer=peer.name)

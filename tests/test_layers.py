@@ -31,8 +31,13 @@ FORBIDDEN = {
     "dicomnode/views.py": ("torch", "pydicom", "pynetdicom", "deconv", "sop"),
     "dicomnode/operate.py": ("torch", "pydicom", "pynetdicom", "deconv", "sop"),
     "dicomnode/scp.py": ("torch", "deconv", "dicomnode.pipeline", "dicomnode.matcher", "dicomnode.executor"),
+    "dicomnode/services": ("torch", "deconv", "dicomnode.pipeline", "dicomnode.matcher", "dicomnode.executor"),
+    "dicomnode/services/findscp.py": ("torch", "pynetdicom", "dicomnode.ledger", "dicomnode.spool", "dicomnode.config",
+                                      "time", "socket"),
     "dicomnode/receive.py": ("torch", "deconv", "dicomnode.pipeline", "dicomnode.matcher", "dicomnode.executor"),
     "dicomnode/scu.py": ("torch", "deconv", "sop", "dicomnode.ledger", "dicomnode.pipeline"),
+    "dicomnode/query.py": ("torch", "deconv", "sop", "dicomnode.ledger", "dicomnode.pipeline"),
+    "dicomnode/wanted.py": ("torch", "pynetdicom", "dicomnode.ledger", "dicomnode.config", "time", "socket"),
     "dicomnode/pipeline.py": ("pynetdicom", "dicomnode.ledger", "dicomnode.config", "dicomnode.cli"),
 }
 NOBODY_IMPORTS = "dicomnode.cli"  # but __main__ and itself

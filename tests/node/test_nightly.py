@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pydicom.dataset import Dataset
 
 from dicomnode.config import parse
@@ -274,6 +276,18 @@ def answer(**attributes: Any) -> Dataset:
 def test_only_a_known_attribute_decides(when: str, attributes: dict[str, Any], wanted: bool) -> None:
     """Unknown counts as wanted: the header has the last word once it is here."""
     assert judge(answer(**attributes), routes(when), calling_ae="P").wanted is wanted
+
+
+@given(known=st.fixed_dictionaries({}, optional={
+    "StationName": st.sampled_from(["A1", "B"]), "ImageType": st.sampled_from([["ORIGINAL", "PRIMARY"], ["DERIVED"]]),
+    "CorrectedImage": st.sampled_from([["ATTN"], ["DECY"]]), "Units": st.sampled_from(["BQML", "PROPCPS", "CNTS"]),
+    "SeriesType": st.sampled_from([["STATIC", "IMAGE"], ["GATED", "IMAGE"]])}), forgotten=st.sets(st.integers(0, 4)))
+def test_knowing_less_never_makes_a_series_unwanted(known: dict[str, Any], forgotten: set[int]) -> None:
+    """What is wanted by all that is known is wanted by a part of it: an answer that says less loses no study."""
+    some = routes('{ StationName = "A*" }')
+    less = {keyword: value for number, (keyword, value) in enumerate(known.items()) if number not in forgotten}
+    if judge(answer(**known), some, calling_ae="P").wanted:
+        assert judge(answer(**less), some, calling_ae="P").wanted
 
 
 def test_routes_and_rules_name_what_is_asked_for() -> None:

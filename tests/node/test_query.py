@@ -5,21 +5,24 @@ from __future__ import annotations
 import copy
 import socket
 import threading
+from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from pydicom.dataset import Dataset
 from pydicom.uid import generate_uid
+from pynetdicom.dimse_primitives import C_STORE
 
-from dicomnode.errors import PeerRefused, PeerUnreachable
+from dicomnode.errors import NodeError, PeerRefused, PeerUnreachable
 from dicomnode.fetching import Fetch, fetch
 from dicomnode.groupcommit import GroupCommitter
 from dicomnode.keeping import Keeper
 from dicomnode.query import Asking, retrieve
 from tests.factories import ct_series, pet_series
 from tests.node.source_peer import TIMES, Site, SourcePeer, soon, uids
-from tests.peers import free_port
+from tests.peers import encoded, free_port
 
 STUDY = str(pet_series()[0].StudyInstanceUID)
 SERIES = str(pet_series()[0].SeriesInstanceUID)
@@ -196,16 +199,36 @@ def test_c_get_asks_only_for_what_is_missing(tmp_path: Path) -> None:
 
 
 def test_c_get_never_says_success_for_what_is_not_safe(tmp_path: Path) -> None:
-    """A data set that is another than the request says, and a disk that is full: refused, with the reason."""
+    """A disk that is full: refused, with the reason in the history, and nothing half-made is left."""
     pet = pet_series(slices=2)
     with SourcePeer(pet) as source, Site(tmp_path, source.port, retrieve="c-get") as site:
         full = site.config.model_copy(update={"reception": site.config.reception.model_copy(
             update={"low_disk_mb": 10**9})})
-        with pytest.raises(PeerRefused, match="2 instances failed"):
+        with pytest.raises(NodeError, match=r"2 of 2 instances .* could not be kept: .*low_disk_mb"):
             fetch(full, site.ledger, site.spool, Fetch(site.peer, STUDY, SERIES))
         assert site.here() == set() and not list(site.spool.incoming.iterdir())
-        (reason,) = {event["reason"] for event in site.ledger.events() if event["kind"] == "reception"}
+        (reason,) = [event["reason"] for event in site.ledger.events() if event["kind"] == "reception"]
         assert "0xA700" in reason and "low_disk_mb" in reason
+
+
+@pytest.mark.parametrize(("spoil", "status"), [
+    (lambda request: setattr(request, "AffectedSOPInstanceUID", "1.2.3"), 0xA900),
+    (lambda request: setattr(request, "DataSet", BytesIO(b"no data set")), 0xC000),
+    (lambda request: setattr(request, "DataSet", None), 0xC000)])
+def test_c_get_refuses_what_the_receiver_would_refuse(tmp_path: Path, spoil: Any, status: int) -> None:
+    """A data set that is another than the request says, that cannot be read, or that is not there."""
+    ds = pet_series(slices=2)[0]
+    request = C_STORE()
+    request.AffectedSOPClassUID, request.AffectedSOPInstanceUID = ds.SOPClassUID, ds.SOPInstanceUID
+    request.DataSet = BytesIO(encoded(ds))
+    context = SimpleNamespace(transfer_syntax=ds.file_meta.TransferSyntaxUID)
+    with Site(tmp_path, 1) as site, \
+            Keeper(site.config, site.spool, site.ledger, calling_ae="PACS", address="h", clock=site.clock) as keeper:
+        assert keeper.on_c_store(SimpleNamespace(request=request, context=context)) == 0x0000  # type: ignore[arg-type]
+        spoil(request)
+        answer = keeper.on_c_store(SimpleNamespace(request=request, context=context))  # type: ignore[arg-type]
+        assert isinstance(answer, Dataset) and answer.Status == status
+        assert len(site.here()) == 1 and not list(site.spool.incoming.iterdir()) and len(keeper.refused) == 1
 
 
 def test_what_came_by_both_ways_at_once_is_there_once(tmp_path: Path) -> None:
