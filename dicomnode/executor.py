@@ -241,8 +241,15 @@ class Executor:
                 return {"kind": "hung", "reason": f"hung: no progress for {work.hang_s:g} s"}
             if now - renewed_at > 1.0 or stage != written:
                 renewed_at, written = now, stage
-                if not self._ledger.renew(job["id"], self.name, now=self._clock(), lease_s=work.lease_s,
-                                          progress=progress):
+                try:
+                    ours = self._ledger.renew(job["id"], self.name, now=self._clock(), lease_s=work.lease_s,
+                                              progress=progress)
+                except sqlite3.OperationalError as error:  # disk full, or locked for long: no reason to end the job
+                    log.warning("a lease cannot be renewed, the ledger cannot be written", action="renew_failed",
+                                job=job["id"], error=str(error))
+                    renewed_at = now + LEDGER_WAIT_S
+                    continue
+                if not ours:
                     return {"kind": "taken"}
                 progress = None
 

@@ -49,8 +49,8 @@ class GroupCommitter:
         self._busy: set[str] = set()
         self._turn = threading.Condition()
         self._queue: queue.SimpleQueue[_Arrived | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="group-commit", daemon=True)
-        self._thread.start()
+        self.thread = threading.Thread(target=self._run, name="group-commit", daemon=True)
+        self.thread.start()
 
     def keep(self, written: Path, row: InstanceRow, *, timeout_s: float = 120.0) -> Kept:
         """Take a fsynced file from incoming/; `row.path` is decided here. On return the object is safe: what it was.
@@ -91,7 +91,7 @@ class GroupCommitter:
     def close(self) -> None:
         """Commit what waits, then end the thread."""
         self._queue.put(None)
-        self._thread.join()
+        self.thread.join()
         self._looking.close()
 
     @contextmanager

@@ -7,11 +7,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from dicomnode.config import Config
-from dicomnode.errors import ConfigError, NodeError
+from dicomnode.errors import NodeError
 from dicomnode.ledger import Ledger
 from dicomnode.logs import configure, get_logger
 from dicomnode.process import Pulse
@@ -29,8 +29,8 @@ def run(config: Config, *, stop: threading.Event, ready: Callable[[], None], pul
     """Receive until `stop` is set; `ready` is called once associations are accepted.
 
     pulse     shows which thread hangs.   reloader  tells of a new configuration.
-    Raises LedgerCorrupt where the ledger is damaged, NodeError where another receiver uses the data directory, OSError
-    where directory or address cannot be used.
+    Raises LedgerCorrupt where the ledger is damaged, NodeError where another receiver uses the data directory or a
+    thread ended, OSError where directory or address cannot be used.
     """
     configure(config.node)
     log = get_logger("receive")
@@ -46,20 +46,19 @@ def run(config: Config, *, stop: threading.Event, ready: Callable[[], None], pul
         try:
             ready()
             while not stop.wait(POLL_S):
-                fresh = None if reloader is None else reloader.take(ledger, now=time.time())
-                if fresh is not None:
-                    configure(fresh.node)
-                    _reconfigure(receiver, fresh, log)
+                if reloader is not None:
+                    reloader.take(ledger, partial(_reconfigure, receiver), now=time.time())
+                if dead := receiver.dead():
+                    raise NodeError(f"the receiver's thread {dead} ended. Remedy: the log says why; the receiver is to "
+                                    "be started again.")
         finally:
             receiver.stop()
             log.info("The receiver has stopped.", action="receiver_stopped")
 
 
-def _reconfigure(receiver: Receiver, config: Config, log: Any) -> None:
-    try:
-        receiver.reconfigure(config)
-    except ConfigError as error:
-        log.error(f"The old peers and limits stay in force: {error}", action="reload_refused")
+def _reconfigure(receiver: Receiver, config: Config) -> None:
+    receiver.reconfigure(config)
+    configure(config.node)
 
 
 @contextmanager

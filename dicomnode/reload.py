@@ -101,21 +101,24 @@ class Reloader:
         """Have the configuration read again at the next turn."""
         self._asked = True
 
-    def take(self, ledger: Ledger, *, now: float) -> Config | None:
-        """The new configuration where one was asked for, is usable and changes something that takes effect."""
+    def take(self, ledger: Ledger, apply: Callable[[Config], None], *, now: float) -> bool:
+        """Where it was asked for: read the file and, if it is usable and changes something, `apply` it; whether it was.
+
+        apply   has the process work by a configuration; raises ConfigError, and changes nothing, where it cannot.
+        """
         if not self._asked:
-            return None
+            return False
         self._asked = False
         try:
             reading = merged(self.config, self._read(self._path))
+            if reading.changed:
+                apply(reading.config)
         except ConfigError as error:
             self._refused(ledger, str(error), now)
-            return None
-        self._accepted(ledger, reading, now)
-        if not reading.changed:
-            return None
+            return False
         self.config = reading.config
-        return reading.config
+        self._accepted(ledger, reading, now)
+        return bool(reading.changed)
 
     def _refused(self, ledger: Ledger, text: str, now: float) -> None:
         head, *keys = [line.strip() for line in text.splitlines() if line.strip()]

@@ -175,6 +175,11 @@ class Receiver:
             server.association_limit_s = reception.max_association_s
             server.connection_limit = 4 * reception.max_associations
 
+    def dead(self) -> str:
+        """The name of a thread without which nothing is received and that has ended; "": all live."""
+        threads = [*(thread for _, thread in self._servers), self._committer.thread]
+        return next((thread.name for thread in threads if not thread.is_alive()), "")
+
     def stop(self) -> None:
         """No new associations; those open are aborted; what is on its way to the ledger is committed."""
         for server, thread in self._servers:

@@ -67,11 +67,8 @@ def run(config: Config, *, stop: threading.Event, ready: Callable[[], None], pul
         try:
             while not stop.wait(0.5) and crew.tend():
                 rounds.watch()
-                fresh = None if reloader is None else reloader.take(ledger, now=time.time())
-                if fresh is not None:
-                    logs.configure(fresh.node)
-                    crew.reconfigure(fresh)
-                    rounds.reconfigure(fresh)
+                if reloader is not None:
+                    reloader.take(ledger, functools.partial(_reconfigure, crew, rounds), now=time.time())
         finally:
             stop.set()
             rounds.end()
@@ -80,6 +77,12 @@ def run(config: Config, *, stop: threading.Event, ready: Callable[[], None], pul
         if crew.error is not None:
             raise crew.error
         log.info("worker ends", action="worker_stopped")
+
+
+def _reconfigure(crew: _Crew, rounds: _Rounds, config: Config) -> None:
+    rounds.reconfigure(config)
+    crew.reconfigure(config)
+    logs.configure(config.node)
 
 
 # --- the ticks

@@ -289,6 +289,21 @@ def test_progress_reaches_the_ledger_and_keeps_the_lease(line: Line) -> None:
     assert seen[1]["lease_until"] == line.now + 5
 
 
+def test_a_ledger_that_cannot_be_written_does_not_end_a_running_job(
+        line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Full or locked for a while: the child works on, and what it makes is entered when it is done."""
+    queued(line)
+    asked = []
+
+    def renew(*_: object, **__: object) -> bool:
+        asked.append(1)
+        raise sqlite3.OperationalError("database is locked")
+
+    monkeypatch.setattr(line.ledger, "renew", renew)
+    assert attempt(line, child(line, "time.sleep(1.5); build()"))["state"] == "built"
+    assert len(asked) == 1, "asked again only after a while"
+
+
 @pytest.mark.parametrize("state", ["cancelled", "superseded", "held"])
 def test_a_job_that_a_person_takes_away_is_killed(line: Line, state: str) -> None:
     """The child ends, the state the person gave stays, nothing is built."""

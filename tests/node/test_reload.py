@@ -73,6 +73,10 @@ def line(tmp_path: Path) -> Iterator[Line]:
         yield line
 
 
+def never(_: Config) -> None:
+    raise AssertionError("nothing is to be applied")
+
+
 def written(line: Line, text: str) -> Path:
     path = line.folder / "node.toml"
     path.write_text(text, encoding="utf-8")
@@ -89,27 +93,28 @@ def test_a_file_with_errors_keeps_the_old_configuration_and_each_wrong_key_is_sa
     reloader = Reloader(written(line, PEER), parse(PEER), part="work")
     reloader.ask()
     written(line, "[work]\nattempts = 0\n[nonsense]\nkey = 1\n" + PEER)
-    assert reloader.take(line.ledger, now=1.0) is None and reloader.config == parse(PEER)
+    assert not reloader.take(line.ledger, never, now=1.0) and reloader.config == parse(PEER)
     ((code, actor, reason),) = events(line)
     assert (code, actor) == ("config-refused", "work")
     assert "work.attempts" in reason and "nonsense: unknown key" in reason and "stays in force" in reason
     written(line, "not [ TOML")
     reloader.ask()
-    assert reloader.take(line.ledger, now=2.0) is None
+    assert not reloader.take(line.ledger, never, now=2.0)
     (line.folder / "node.toml").unlink()
     reloader.ask()
-    assert reloader.take(line.ledger, now=3.0) is None and len(events(line)) == 3
+    assert not reloader.take(line.ledger, never, now=3.0) and len(events(line)) == 3
 
 
 def test_it_is_read_once_for_each_time_it_is_asked_for(line: Line) -> None:
     """Not without being asked, not again; a file that says the same changes nothing but is recorded."""
     reloader = Reloader(written(line, PEER + OTHER), parse(PEER), part="receive")
-    assert reloader.take(line.ledger, now=1.0) is None
+    applied: list[Config] = []
+    assert not reloader.take(line.ledger, never, now=1.0)
     reloader.ask()
-    fresh = reloader.take(line.ledger, now=2.0)
-    assert fresh == parse(PEER + OTHER) and reloader.take(line.ledger, now=3.0) is None
+    assert reloader.take(line.ledger, applied.append, now=2.0) and applied == [parse(PEER + OTHER)]
+    assert not reloader.take(line.ledger, never, now=3.0)
     reloader.ask()
-    assert reloader.take(line.ledger, now=4.0) is None
+    assert not reloader.take(line.ledger, never, now=4.0)
     assert [reason for _, _, reason in events(line)] == ["in force: peer OTHER", "in force: nothing new"]
 
 
@@ -122,7 +127,20 @@ def test_a_ledger_that_cannot_be_written_does_not_keep_the_new_configuration_out
     monkeypatch.setattr(line.ledger, "event", full)
     reloader = Reloader(written(line, PEER + OTHER), parse(PEER), part="receive")
     reloader.ask()
-    assert reloader.take(line.ledger, now=1.0) == parse(PEER + OTHER)
+    assert reloader.take(line.ledger, lambda _: None, now=1.0) and reloader.config == parse(PEER + OTHER)
+
+
+def test_what_cannot_be_applied_is_refused_and_read_again_when_asked_again(line: Line) -> None:
+    """A certificate of a new peer that cannot be used: the old configuration stays, also for the next reading."""
+    def cannot(_: Config) -> None:
+        raise ConfigError("peer OTHER: no such certificate")
+
+    reloader = Reloader(written(line, PEER + OTHER), parse(PEER), part="receive")
+    reloader.ask()
+    assert not reloader.take(line.ledger, cannot, now=1.0) and reloader.config == parse(PEER)
+    reloader.ask()
+    assert reloader.take(line.ledger, lambda _: None, now=2.0)
+    assert [code for code, _, _ in events(line)] == ["config-refused", "config-read"]
 
 
 # --- the worker

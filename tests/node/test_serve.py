@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from dicomnode import process
+from dicomnode import process, serve
 from tests.peers import REPOSITORY, echoscu, free_port, wait_until
 
 
@@ -152,9 +152,12 @@ def test_sighup_lets_a_new_peer_in_and_a_file_with_errors_keeps_the_old_one(node
 
     def hup(new: str, said: str) -> None:
         node.config.write_text(new)
-        times = node.text().count(said)
+        times = lines(said)
         running.send_signal(signal.SIGHUP)
-        wait_until(said, lambda: node.text().count(said) >= times + 2, timeout_s=20)
+        wait_until(said, lambda: lines(said) >= times + 2, timeout_s=20)
+
+    def lines(holding: str) -> int:
+        return sum(holding in line for line in node.text().splitlines())
 
     assert echoscu(node.port, calling="NEWCOMER").returncode != 0
     hup(text.replace('ae_title = "SCANNER"', 'ae_title = "NEWCOMER"'), "peer SCANNER")
@@ -193,6 +196,23 @@ def test_the_service_manager_is_told(node: Node, tmp_path: Path) -> None:
             heard.append(manager.recv(100).decode())
         running.communicate(timeout=30)
     assert heard.count("READY=1") == 1
+
+
+def test_a_thread_that_hangs_keeps_the_process_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """WATCHDOG=1 goes out while every thread gets on, and again once the late one does."""
+    told: list[str] = []
+    monkeypatch.setattr(serve, "notify", told.append)
+    now = [0.0]
+    pulse = process.Pulse(lambda: now[0])
+    pulse.expect("matcher", 900.0)
+    watchdog = serve._Watchdog(pulse)
+    watchdog._tell()
+    now[0] = 901.0
+    watchdog._tell()
+    assert told == ["WATCHDOG=1"]
+    pulse.beat("matcher")
+    watchdog._tell()
+    assert told == ["WATCHDOG=1"] * 2
 
 
 def test_without_a_service_manager_nothing_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
