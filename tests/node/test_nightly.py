@@ -116,6 +116,7 @@ def test_own_derived_series_are_not_fetched(site: Site, source: SourcePeer) -> N
 
 def test_the_query_is_asked_once_a_day_also_when_the_node_was_off_at_its_time(site: Site, source: SourcePeer) -> None:
     """Off from the 2nd to the 5th: asked at the next start, for all days since the last query."""
+    source.datasets = []
     site.nightly().serve(site.peer)
     asked = len(source.asked)
     site.nightly().serve(site.peer)
@@ -127,6 +128,7 @@ def test_the_query_is_asked_once_a_day_also_when_the_node_was_off_at_its_time(si
 
 def test_a_time_of_day_that_has_not_come_asks_nothing(site: Site, source: SourcePeer) -> None:
     """After the first night, 21:59 asks nothing and 22:00 does."""
+    source.datasets = []
     site.nightly().serve(site.peer)
     asked = len(source.asked)
     site.now = site.NIGHT + 86400 - 31 * 60

@@ -157,8 +157,8 @@ def test_c_move_brings_a_series_to_our_receiver(tmp_path: Path) -> None:
     pet = pet_series()
     with SourcePeer([*pet, *ct_series()]) as source, Site(tmp_path, source.port) as site:
         source.destination = ("127.0.0.1", site.port)
-        said = fetch(site.config, site.ledger, site.spool, Fetch(site.peer, STUDY, SERIES))
-        assert site.here() == uids(pet) and "8 instances sent" in said
+        done = fetch(site.config, site.ledger, site.spool, Fetch(site.peer, STUDY, SERIES))
+        assert site.here() == uids(pet) and "8 instances sent" in done.said("c-move")
 
 
 def test_a_peer_that_does_not_know_our_ae_title_is_told_with_the_remedy() -> None:
