@@ -15,6 +15,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from pydicom import dcmread
@@ -34,6 +35,7 @@ from dicomnode.retention import missing_files
 from dicomnode.routing import first_route
 from dicomnode.sourcecount import Look, SourceCounts
 from dicomnode.spool import Spool
+from sop.bounded import BoundedFile
 from sop.pet import is_own_output
 
 __all__ = ["Matcher"]
@@ -139,8 +141,7 @@ class Matcher:
         gone = frozenset(missing_files(instances, self._spool.data_dir))
         there = [one for one in instances if one["sop_instance_uid"] not in gone] or instances
         chosen = sorted(there, key=lambda one: one["sop_instance_uid"])[len(there) // 2]
-        header = dcmread(self._spool.absolute(chosen["path"]), stop_before_pixels=True)
-        return _Seen(row, instances, header, len(gone))
+        return _Seen(row, instances, _header(self._spool.absolute(chosen["path"])), len(gone))
 
     # --- decide
 
@@ -378,3 +379,14 @@ def _ignoring(series_uid: str, what: str) -> _Decision:
     """Everything stays as it was."""
     return _Decision("matched", "late-input", f"{what}; kept, not used (late_input). Remedy if it should be used: "
                      f"`dicomnode release {series_uid}` makes a new derived series that supersedes the one sent")
+
+
+def _header(path: Path) -> Dataset:
+    """Raises OSError, InvalidDicomError."""
+    try:
+        with BoundedFile(path) as file:
+            return dcmread(file, stop_before_pixels=True)
+    except (OSError, InvalidDicomError):
+        raise
+    except Exception as error:  # a damaged file makes the parser raise nearly anything
+        raise InvalidDicomError(f"{path.name} is damaged ({type(error).__name__})") from error

@@ -22,6 +22,7 @@ from dicomnode.ledger import Ledger
 from dicomnode.logs import get_logger
 from dicomnode.services.findscp import HEADER_KEYS, Entity, Query, matches
 from dicomnode.spool import Spool
+from sop.bounded import BoundedFile
 
 __all__ = ["HEADERS_KEPT", "Catalogue", "Series", "StoredObject"]
 
@@ -211,8 +212,9 @@ def _read(path: Path | None, keywords: Iterable[str]) -> dict[str, tuple[str, ..
         return {}
     wanted = [*keywords]
     try:
-        header = dcmread(path, stop_before_pixels=True, specific_tags=[*wanted, "SpecificCharacterSet"])
-    except (OSError, InvalidDicomError, *UNREADABLE) as error:
+        with BoundedFile(path) as file:
+            header = dcmread(file, stop_before_pixels=True, specific_tags=[*wanted, "SpecificCharacterSet"])
+    except (OSError, InvalidDicomError, RecursionError, *UNREADABLE) as error:
         log.warning("A stored object cannot be read for a query.", action="header_unreadable", file=path.name,
                     error=type(error).__name__)
         return {}
@@ -221,8 +223,9 @@ def _read(path: Path | None, keywords: Iterable[str]) -> dict[str, tuple[str, ..
 
 def _stored(path: Path) -> StoredObject | None:
     try:
-        header = dcmread(path, stop_before_pixels=True, specific_tags=["SOPClassUID", "SOPInstanceUID"])
-    except (OSError, InvalidDicomError, *UNREADABLE):
+        with BoundedFile(path) as file:
+            header = dcmread(file, stop_before_pixels=True, specific_tags=["SOPClassUID", "SOPInstanceUID"])
+    except (OSError, InvalidDicomError, RecursionError, *UNREADABLE):
         return None  # it vanished: purged or cancelled meanwhile
     return StoredObject(str(header.SOPClassUID), str(header.SOPInstanceUID),
                         str(header.file_meta.TransferSyntaxUID), path)
