@@ -12,6 +12,7 @@
 # where they ran. Before an upgrade the old environment is put aside, and put back where the new one cannot be made.
 # The ledger is brought to the new version at the first start, which keeps a copy of the old one beside it.
 set -eu
+umask 022  # the node's user must be able to read what root installs
 
 prefix=/opt/dicomnode
 destdir=

@@ -32,7 +32,7 @@ from dicomnode.reconcile import problem_key
 from dicomnode.sources import memo, set_memo
 from dicomnode.troubles import Machine
 from tests.node.line import Line
-from tests.peers import wait_until
+from tests.peers import ReceiverProcess, wait_until
 
 HOUR = 3600.0
 ROOMY = 2**50
@@ -532,6 +532,30 @@ def test_the_whole_way_from_the_ledger_to_a_webhook(tmp_path):
             alerts.close()
             assert memo(line.ledger, "node.running") == ""
     assert len(got) == 1 and "accession A1" in got[0]["message"]
+
+
+class WorkCommand(ReceiverProcess):
+    """`dicomnode work`, as systemd starts it."""
+
+    command = ("-m", "dicomnode", "work", "--config")
+
+
+def test_a_worker_that_was_killed_tells_so_when_it_runs_again(tmp_path):
+    """The real process, kill -9, and a real message; a held series is in it too."""
+    with webhook() as (url, got):
+        toml = f'low_disk_mb = 1\n[alerts]\ndigest = false\nurls_file = "{urls_file(tmp_path, url)}"'
+        worker = WorkCommand(tmp_path, reception=toml)
+        worker.start()
+        worker.kill()
+        with worker.ledger() as ledger:
+            ledger.add_instances([InstanceRow(
+                sop_instance_uid="1.2.3.9", sop_class_uid="1.2", study_uid="1.2", series_uid="1.2.3",
+                transfer_syntax_uid="1.2.840.10008.1.2.1", path="x", bytes=1, sha256="0", calling_ae="SCANNER",
+                address="127.0.0.1", received_at=10.0, modality="PT", accession_number="A7")])
+            ledger.set_series("1.2.3", "held", now=10.0, code="gap")
+        with worker:
+            wait_until("the message", lambda: got, timeout_s=60)
+    assert "ended without being stopped" in got[0]["message"] and "accession A7" in got[0]["message"]
 
 
 # --- the command
