@@ -9,6 +9,8 @@
 What is held, waits, runs or is being sent stays, and so does what has other bytes under a known UID that nobody has
 looked at; those other bytes always stay. Days of 0 keep that kind for ever, also when the disk fills.
 
+A clock that was set ahead removes nothing by age for a day, so that a person or a time server can put it right.
+
 The ledger says first that files are gone (with the list of them in table memo), then they go: after a crash in between
 the next tick goes on. A file that comes again afterwards is kept again (`restored`), and makes no new job.
 """
@@ -43,6 +45,7 @@ TICK_S = 10.0        # a tick lasts no longer: it must not hold up the end of th
 BATCH = 500          # files removed under one write lock
 MIB = 2**20
 MEMO = "purge:series:"
+CLOCK = "retention:clock"
 OVER = ("committed", "delivered", "superseded", "cancelled")
 UNFINISHED = tuple(state for state in JOB_STATES if state not in OVER)
 
@@ -116,7 +119,7 @@ class Purger:
         now, until = self._clock(), time.monotonic() + TICK_S
         self._finish()
         gone = 0
-        if abs(now - self._full_at) >= FULL_S:
+        if abs(now - self._full_at) >= FULL_S and self._trusts_the_clock(now):
             for one in self._candidates():
                 if time.monotonic() > until:
                     return gone  # the rest at the next tick
@@ -125,6 +128,19 @@ class Purger:
             self._sweep_derived()
             self._full_at = now
         return gone + self._make_room(now, until)
+
+    def _trusts_the_clock(self, now: float) -> bool:
+        """A clock that leaps ahead would make everything old at once: after a leap or a long stop a day goes by."""
+        with self._ledger.transaction() as db:
+            rows = self._ledger.query("SELECT value FROM memo WHERE key = ?", (CLOCK,))
+            seen, not_before = json.loads(rows[0]["value"]) if rows else (now, now)
+            if not seen - FULL_S <= now <= seen + DAY_S:
+                not_before = now + DAY_S
+                log.warning("nothing is removed by age for a day: the node was stopped for long, or its clock was set",
+                            action="retention_waits", hours=round((now - seen) / 3600, 1))
+            db.execute("INSERT OR REPLACE INTO memo VALUES (?, ?)", (CLOCK, json.dumps([now, not_before])))
+        self._full_at = now if now < not_before else self._full_at
+        return bool(now >= not_before)
 
     # --- what may go
 

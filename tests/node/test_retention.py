@@ -39,8 +39,10 @@ def line(tmp_path: Path) -> Iterator[Line]:
 
 
 def purge(line: Line, *, after_days: float = 0.0, **options: Any) -> int:
-    """A fresh purger, as after a restart, one tick."""
+    """A fresh purger, as after a restart, one tick, on a node that has run all the time."""
     line.now += after_days * DAY
+    with line.ledger.transaction() as db:
+        db.execute("DELETE FROM memo WHERE key = ?", (retention.CLOCK,))
     return Purger(line.config, line.ledger, line.spool, clock=line.clock, **options).tick()
 
 
@@ -373,6 +375,23 @@ def test_many_files_go_in_batches(line: Line, monkeypatch: pytest.MonkeyPatch) -
     purge(line, after_days=11)
     assert files(line) == 0
     assert line.ledger.query("SELECT * FROM memo WHERE key LIKE 'purge:%'") == []
+
+
+# --- the clock
+
+
+def test_clock_that_leaps_ahead_removes_nothing_for_a_day(line: Line) -> None:
+    """Put right within the day it has done no harm, restart or not; if it was right, what is old goes a day later."""
+    delivered(line, pet_series())
+
+    def tick(seconds: float) -> int:
+        line.now += seconds
+        return Purger(line.config, line.ledger, line.spool, clock=line.clock).tick()
+
+    assert tick(0) == tick(3600) == 0
+    assert [tick(400 * DAY), tick(3600), tick(-400 * DAY), tick(3600)] == [0, 0, 0, 0]
+    assert [tick(12 * DAY), tick(0.5 * DAY), tick(0.6 * DAY)] == [0, 0, 1]
+    assert files(line) == 0
 
 
 # --- space
