@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from pydicom.dataset import Dataset
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, RLELossless
 from pynetdicom import AE, evt
+from pynetdicom.dimse import DIMSEServiceProvider
 
 from dicomnode import scu
 from dicomnode.config import Peer
@@ -209,3 +211,26 @@ def test_echo_succeeds_or_says_who_does_not_answer() -> None:
         scu.echo(peer_at(peer.port), calling_ae="NBDNODE", **TIMES)
     with pytest.raises(PeerUnreachable, match="PACS"):
         scu.echo(peer_at(peer.port), calling_ae="NBDNODE", **TIMES)
+
+
+def test_no_answer_is_lost_to_the_association_s_own_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That thread is held up between saying that it is paused and looking for messages, as on a busy machine; who waits
+    for the answer is even later."""
+    def held_up(self: threading.Event, timeout: float | None = None) -> bool:
+        was_set = self.is_set()
+        answer = threading.Event.wait(self, timeout)
+        if was_set:
+            time.sleep(0.03)
+        return answer
+
+    def late(self: DIMSEServiceProvider, block: bool = False) -> Any:
+        if block:
+            time.sleep(0.06)
+        return taken(self, block)
+
+    taken = DIMSEServiceProvider.get_msg
+    monkeypatch.setattr(DIMSEServiceProvider, "get_msg", late)
+    monkeypatch.setattr(scu._Checkpoint, "wait", held_up)
+    with StoragePeer() as peer:
+        last, _ = send(peer.port, saved(tmp_path, pet_series(slices=20)), dimse_timeout_s=2.0)
+    assert [answer.status for answer in last] == [0] * 20
