@@ -51,7 +51,7 @@ POLL_S = 0.2
 # once from taking the processor.
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 5.0
 FIRST_STARTS = 3  # before the node was ever ready: then something is wrong for good, such as a port in use
-CHILD_GRACE_S = 9.0
+CHILD_GRACE_S = 20.0  # enough for the worker to put its jobs back and end what is on its way to peers
 
 log = get_logger(__name__)
 

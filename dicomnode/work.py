@@ -39,8 +39,8 @@ LOCK_WAIT_S = 10.0  # an earlier worker that is just ending
 CLOSE_S = 4.0
 #: A tick or an executor that did not get on for so long hangs. Far beyond what a slow disk or a locked ledger takes.
 HANG_S = 900.0
-#: Ticks that never last long. Others may: a retrieval fetches for hours.
-SHORT_TICKS = ("matcher", "deliveries")
+#: Ticks that never last long: what they start works in threads of its own. Others may remove files for hours.
+SHORT_TICKS = ("matcher", "deliveries", "proofs", "commitments", "sources")
 
 log = get_logger(__name__)
 
@@ -94,20 +94,20 @@ class _Parts:
 
     ticks: Mapping[str, tuple[Callable[[], object], float]]  # name -> (call, every so many seconds)
     once: Callable[[], object]
-    close: Callable[[], None]  # stops what outlives a tick
+    closers: tuple[Callable[[float], None], ...]  # stop what outlives a tick, within so many seconds
+
+    def close(self) -> list[threading.Thread]:
+        """All at once; join the threads."""
+        threads = [threading.Thread(target=closer, args=(CLOSE_S,)) for closer in self.closers]
+        for thread in threads:
+            thread.start()
+        return threads
 
 
 def _parts(config: Config, ledger: Ledger, spool: Spool) -> _Parts:
     deliverer, prover = Deliverer(config, ledger, spool), Prover(config, ledger, spool)
     matcher, reporter = Matcher(config, ledger, spool), Reporter(config, ledger, spool)
     nightly = Nightly(config, ledger, spool)
-
-    def close() -> None:
-        deliverer.close(CLOSE_S)
-        prover.close(CLOSE_S)
-        reporter.close(CLOSE_S)
-        nightly.close(CLOSE_S)
-
     return _Parts({
         "matcher": (matcher.tick, schedule.MATCH_S),
         "deliveries": (deliverer.tick, schedule.DELIVER_S),
@@ -116,7 +116,7 @@ def _parts(config: Config, ledger: Ledger, spool: Spool) -> _Parts:
         "sources": (nightly.tick, NIGHTLY_S),
         "housekeeping": (lambda: _tidy(config, ledger, spool, now=time.time()), schedule.TIDY_S),
         "retention": (Purger(config, ledger, spool).tick, PURGE_S),
-    }, once=matcher.prepare, close=close)
+    }, once=matcher.prepare, closers=(deliverer.close, prover.close, reporter.close, nightly.close))
 
 
 class _Rounds:
@@ -128,7 +128,11 @@ class _Rounds:
         ticks: dict[str, tuple[Callable[[], object], float]] = {
             name: (functools.partial(self._tick, name), seconds)
             for name, (_, seconds) in self._parts.ticks.items()}
-        self._scheduler = schedule.build({**ticks, "alerts": (alerter.tick, ALERT_S)}, once=self._parts.once)
+        self._scheduler = schedule.build({**ticks, "alerts": (alerter.tick, ALERT_S)}, once=self._prepare)
+
+    def _prepare(self) -> None:
+        """In a thread that nobody waits for: it asks a child process that loads the libraries of a method."""
+        threading.Thread(target=self._parts.once, name="prepare", daemon=True).start()
 
     def _tick(self, name: str) -> None:
         self._pulse.beat(name)
@@ -140,7 +144,7 @@ class _Rounds:
 
     def start(self) -> None:
         for name in SHORT_TICKS:
-            self._pulse.expect(name, HANG_S)
+            self._pulse.expect(name, self._parts.ticks[name][1] + HANG_S)
         self._scheduler.start()
 
     def watch(self) -> None:
@@ -151,16 +155,19 @@ class _Rounds:
     def reconfigure(self, config: Config) -> None:
         """A tick that runs ends as it began; the next one works by the new configuration."""
         fresh = _parts(config, self._ledger, self._spool)
-        self._parts.close()  # an instance on its way is finished; the rest of the series is sent by the new part
+        for thread in self._parts.close():  # an instance on its way is finished; the new part sends the others
+            thread.join()
         self._parts = fresh
         self._alerter.reconfigure(config)
-        self._scheduler.add_job(fresh.once, id="prepare", replace_existing=True)
+        self._prepare()
 
     def end(self) -> None:
         for name in SHORT_TICKS:
             self._pulse.forget(name)
+        closing = self._parts.close()
         self._scheduler.shutdown(wait=True)
-        self._parts.close()
+        for thread in closing:
+            thread.join()
 
 
 # --- the executors

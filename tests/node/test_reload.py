@@ -68,7 +68,8 @@ def test_every_key_that_needs_a_restart_exists() -> None:
 
 
 @pytest.fixture
-def line(tmp_path: Path) -> Iterator[Line]:
+def line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Line]:
+    monkeypatch.setattr("dicomnode.matcher.Matcher.prepare", lambda _: None)  # loads the libraries of a method
     with Line(tmp_path, toml='[work]\ndevices = ["cpu"]\nheartbeat_s = 1\n', route=PET_ROUTE) as line:
         yield line
 
