@@ -78,7 +78,7 @@ class Intake(io.BytesIO):
     def write(self, data: Any) -> int:
         if self.error is None and not self._closed_early:
             try:
-                if self.path is None and not self._open():
+                if self.path is None and (self.size or not self._open()):
                     self._remember(data)
                 else:
                     self._append(data)

@@ -222,7 +222,7 @@ class _Dul(DULServiceProvider):
     def _continues_data_set(self, body: memoryview) -> bool:
         """Append the one fragment of this PDU (PS3.8 Table 9-23) where it is data and not the last."""
         message = self.assoc.dimse.message
-        if message is None or message.context_id is None or self.state_machine.current_state != "Sta6" or len(body) < 6:
+        if message is None or not message.command_set or self.state_machine.current_state != "Sta6" or len(body) < 6:
             return False
         length, context_id, control = struct.unpack_from(">LBB", body)
         if control & 3 or context_id != message.context_id or length + 4 != len(body):
@@ -252,11 +252,11 @@ class _Dimse(DIMSEServiceProvider):
             cast("Acceptor", self.assoc).stir()
 
     def _require_order(self, primitive: P_DATA) -> None:
-        """Raises ValueError for a command set in the middle of a message (PS3.8 Annex E.2)."""
+        """Raises ValueError for a data set before its command set or a command set after it (PS3.8 Annex E.2)."""
         known = self.message is not None and bool(self.message.command_set)
         for _, fragment in primitive.presentation_data_value_list:
-            if fragment[0] & 1 and known:
-                raise ValueError("a second command set in one message")
+            if bool(fragment[0] & 1) == known:
+                raise ValueError("a message is one command set, then one data set")
             known = known or fragment[0] & 3 == 3
 
     def send_msg(self, primitive: Any, context_id: int) -> None:
@@ -398,20 +398,29 @@ class Acceptor(Association):
             elif self.dul.idle_timer_expired():
                 self.abort()
             elif self._monotonic() > self._ends_at:
-                self.overdue = self.is_aborted = True
-                self.abort(block=False)
-                self.dul.join(_ABORT_S)  # it may be reading from a peer that sends a byte a minute
-                self.abort_connection()
-                self.kill()
+                self.overdue = True
+                self._break_off()
             else:
                 stirred = self._stirred.wait(1.0)
                 self._stirred.clear()
                 if self.when_idle and not stirred:
                     self.when_idle.popleft()()
 
+    def _break_off(self) -> None:
+        """Abort, and end the connection whether or not the peer reads."""
+        self.is_aborted = True
+        self.abort(block=False)
+        self.dul.join(_ABORT_S)  # it may be reading from a peer that sends a byte a minute
+        self.abort_connection()
+        self.kill()
+
     def run_reactor(self) -> None:
         try:
             super().run_reactor()
+        except Exception as error:  # bytes of strangers, where only the negotiation finds that they make no sense
+            log.warning("An association cannot be served and is ended.", action="association_broken",
+                        error=f"{type(error).__name__}: {error}"[:200], address=peer_address(self))
+            self._break_off()
         finally:
             cast(_Dimse, self.dimse).discard()
             self.on_end(self)

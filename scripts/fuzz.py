@@ -9,6 +9,7 @@ receiver process of their own. Prints what came of them; exit status 1 where any
 from __future__ import annotations
 
 import argparse
+import os
 import resource
 import sys
 import tempfile
@@ -33,6 +34,7 @@ def main() -> int:
     parser.add_argument("--streams", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
+    os.environ["RUST_BACKTRACE"] = "0"
     warnings.simplefilter("ignore")  # the readers warn of what was mutated
     failed = False
     with tempfile.TemporaryDirectory() as name:

@@ -98,6 +98,10 @@ def frames_of(
                       "pixels: none, or too many", RESEND)
     syntax = _syntax(data)
     if syntax.is_encapsulated:
+        held = tuple(integer(data, keyword, default=1) for keyword in ("NumberOfFrames", "Rows", "Columns"))
+        if held != (frames, rows, columns):  # decoders go by these
+            raise Refused("malformed", f"instance {text(data, 'SOPInstanceUID')} holds {' x '.join(map(str, held))} "
+                          f"pixels, {frames} x {rows} x {columns} are meant", RESEND)
         _refuse_more_than_promised(data, rows * columns, frames)
         stored = _decoded(data, syntax, isolated)
     else:
