@@ -90,7 +90,7 @@ class Sources:
         """Wanted rows to fetch or to look after, study by study; the CT of a study before its PET."""
         return [dict(row) for row in self._ledger.query(
             "SELECT * FROM source_series WHERE source = ? AND wanted = 1 AND state IN ('seen', 'retrieving') "
-            "AND (next_at <= ? OR next_at > ?) ORDER BY first_seen_at, study_uid, modality <> 'CT', series_uid",
+            "AND (next_at <= ? OR next_at > ?) ORDER BY study_date, study_uid, modality <> 'CT', series_uid",
             (source, now, now + LONGEST_WAIT_S))]
 
     def awaited(self, source: str) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from pydicom.dataset import Dataset
 
 from dicomnode.config import parse
 from dicomnode.matcher import Matcher
-from dicomnode.nightly import ATTEMPTS, AWAIT_S
+from dicomnode.nightly import ATTEMPTS, AWAIT_S, Nightly
 from dicomnode.sources import memo
 from dicomnode.wanted import judge, return_keys
 from tests.factories import ct_series, pet_series
@@ -55,7 +56,8 @@ def receive(site: Site, datasets: list[Dataset]) -> None:
 
 def test_what_did_not_come_is_fetched_with_its_ct(site: Site) -> None:
     """PET and CT of the day are asked for and arrive; the CT first, so that the PET finds it."""
-    site.nightly().serve(site.peer)
+    ticking = itertools.count(site.NIGHT, 0.01)
+    Nightly(site.config, site.ledger, site.spool, clock=lambda: next(ticking)).serve(site.peer)
     assert site.here() == uids([*PET, *CT])
     assert states(site) == {PET_UID: ("arrived", 1), CT_UID: ("arrived", 1)}
     arrived = [event["series_uid"] for event in site.ledger.events() if event["to_state"] == "arrived"]
@@ -65,7 +67,6 @@ def test_what_did_not_come_is_fetched_with_its_ct(site: Site) -> None:
 def test_what_came_by_itself_is_marked_and_not_fetched(site: Site, source: SourcePeer) -> None:
     """Nothing is asked for a second time; the CT of a PET that is here whole is not either."""
     receive(site, PET)
-    Matcher(site.config, site.ledger, site.spool, clock=site.clock, full_settings=full_settings_here)
     site.now += 60
     site.ledger.set_series(PET_UID, "complete", now=site.now)
     site.nightly().serve(site.peer)
