@@ -110,10 +110,12 @@ class GroupCommitter:
     def _restore(self, written: Path, known: dict[str, object], row: InstanceRow) -> None:
         """A resend of bytes we know heals an object that is missing or short on disk, or was removed ([retention])."""
         place = self._spool.absolute(str(known["path"]))
-        if _whole(place, known):
+        series = self._looking.query("SELECT purged_at FROM series WHERE series_uid = ?", (known["series_uid"],))
+        if _whole(place, known) and series[0]["purged_at"] is None:
             return
-        with self._ledger.transaction():  # nobody removes files of the series meanwhile
-            self._spool.publish(written, place)
+        with self._ledger.transaction():  # nobody removes files of the series meanwhile, or any more
+            if not _whole(place, known):
+                self._spool.publish(written, place)
             restored(self._ledger, str(known["series_uid"]), now=row.received_at, actor=row.calling_ae)
         log.warning("A stored object was missing or short and is restored from a resend.", action="object_restored",
                     sop_instance_uid=known["sop_instance_uid"])

@@ -234,6 +234,24 @@ def test_derived_series_of_a_cancelled_job_goes_if_nothing_was_sent(line: Line) 
     assert build(line) == job and line.ledger.job(job)["purged_at"] is None
 
 
+def test_derived_series_of_a_superseded_job_goes_if_nothing_was_sent(line: Line) -> None:
+    """What was sent is kept for derived_days: somebody may ask what went out."""
+    for number, sent in enumerate((False, True)):
+        uid = line.receive(pet_series(seed=number))
+        judge(line)
+        job = build(line)
+        if sent:
+            line.ledger.put_statuses(line.ledger.deliveries(job)[0]["id"], [("2.25.1", 0, "")], now=line.now)
+        line.ledger.set_job(job, "superseded", now=line.now)
+        assert line.state(uid)[0] == "matched"
+    purge(line, after_days=1)
+    assert [row["derived_path"] for row in line.ledger.query("SELECT derived_path FROM job ORDER BY id")] == [
+        None, "derived/2"]
+    assert files(line, "derived") == 1
+    purge(line, after_days=20)
+    assert files(line, "derived") == 0
+
+
 def test_folder_that_a_stopped_job_left_goes(line: Line) -> None:
     """It was taken away just as it had built; one that a held job left stays, for its retry takes it over."""
     left = []
@@ -265,6 +283,24 @@ def test_resend_of_what_was_removed_is_a_repeat_and_makes_no_job(line: Line) -> 
     assert files(line) == 8
     purge(line, after_days=2)
     assert files(line) == 0
+
+
+def test_resend_while_files_are_removed_stops_the_removal(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ledger says already that they are gone; the first object that comes again keeps all that are still there."""
+    uid, _ = delivered(line, pet_series())
+    remove = Purger._remove
+
+    def one_batch_then_the_receiver(self: Purger, key: str) -> None:
+        with line.ledger.transaction() as db:
+            paths = json.loads(line.ledger.query("SELECT value FROM memo WHERE key = ?", (key,))[0]["value"])
+            retention._unlink(line.spool, paths[:3])
+            db.execute("UPDATE memo SET value = ? WHERE key = ?", (json.dumps(paths[3:]), key))
+        assert resend(line, pet_series()) == ["repeat"] * 8
+        remove(self, key)
+
+    monkeypatch.setattr(Purger, "_remove", one_batch_then_the_receiver)
+    assert purge(line, after_days=11) == 1
+    assert files(line) == 8 and codes(line, uid) == ["purged", "restored"]
 
 
 def test_retry_of_what_was_removed_says_what_to_do(tmp_path: Path) -> None:
