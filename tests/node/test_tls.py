@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import socket
 import ssl
 import subprocess
@@ -24,6 +26,7 @@ from tests.certificates import NOW, Authority, Certificate
 from tests.factories import ct_series
 from tests.peers import (
     DCMTK_ENV,
+    REPOSITORY,
     Orthanc,
     ReceiverProcess,
     associate,
@@ -436,3 +439,28 @@ def test_settings_that_protect_less_than_they_seem_to_are_refused(text: str, why
     """A pin on a peer that may come plain, TLS towards nobody in particular."""
     with pytest.raises(ConfigError, match=why):
         parse(text)
+
+
+def test_the_ten_lines_of_the_manual_make_what_the_node_takes(tmp_path: Path):
+    """docs/security.md: its commands run, its configuration is valid, its files fit together; the pin is right."""
+    page = (REPOSITORY / "docs" / "security.md").read_text(encoding="utf-8")
+    commands = re.findall(r"```sh\n(.*?)```", page, flags=re.DOTALL)[0].replace("/etc/dicomnode", str(tmp_path))
+    done = subprocess.run(["sh", "-e", "-c", commands], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    config = parse(re.findall(r"```toml\n(.*?)```", page, flags=re.DOTALL)[0].replace("/etc/dicomnode", str(tmp_path)))
+    tls.require_usable(config.tls, config.peer)
+    pin = done.stdout.split()[-1]
+    assert pin.lower() == Certificate(tmp_path / "pacs.crt", tmp_path / "pacs.key").sha256
+    shown = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    shown.load_cert_chain(tmp_path / "pacs.crt", tmp_path / "pacs.key")
+    context = tls.client_context(config.tls, config.peer[0])
+    client_in, client_out, server_in, server_out = (ssl.MemoryBIO() for _ in range(4))
+    ends = (context.wrap_bio(client_in, client_out, server_hostname=config.peer[0].host),
+            shown.wrap_bio(server_in, server_out, server_side=True))
+    for _ in range(4):
+        for end in ends:
+            with contextlib.suppress(ssl.SSLWantReadError):
+                end.do_handshake()
+            server_in.write(client_out.read())
+            client_in.write(server_out.read())
+    assert ends[0].version() == "TLSv1.3"
