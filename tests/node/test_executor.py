@@ -201,6 +201,33 @@ def test_only_a_second_kill_by_somebody_unknown_is_taken_for_a_lack_of_memory(tm
         assert given == [None, 2.0, 1.0]
 
 
+def test_a_kill_that_the_kernel_counted_is_a_lack_of_memory_at_once(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """/proc/vmstat says that it killed a process for it while the child ran."""
+    counts = iter((7, 8))
+    monkeypatch.setattr("dicomnode.runner._kernel_kills", lambda: next(counts))
+    with Line(tmp_path, toml=TOML, route=ROUTE) as line:
+        queued(line, "tv")
+        job = attempt(line, child(line, "os.kill(os.getpid(), signal.SIGKILL)"))
+        assert (job["state"], job["code"], job["memory_gb"]) == ("failed", "memory", 2.0)
+        assert "killed by SIGKILL for lack of memory" in job["reason"] and "with 2 GB" in job["reason"]
+
+
+def test_the_pipeline_says_itself_that_memory_ran_out(line: Line) -> None:
+    """A MemoryError anywhere in it is the last word, with its code."""
+    queued(line, "tv")
+    program = ("import sys, dicomnode.pipeline as pipeline\n"
+               "def work_off(*_):\n"
+               "    bytearray(1 << 60)\n"
+               "pipeline._work_off = work_off\n"
+               "pipeline.main(sys.argv[1:])")
+    executor = Executor(line.config, line.ledger, line.spool, clock=line.clock, full_settings=full_settings_here,
+                        runner=ChildRunner(command=(sys.executable, "-c", program)))
+    job = attempt(line, executor)
+    assert (job["state"], job["code"], job["memory_gb"]) == ("failed", "memory", 2.0)
+    assert "MemoryError" in job["reason"]
+
+
 def test_memory_too_small_for_the_smallest_tile_holds_the_job_for_memory(line: Line) -> None:
     """The method refuses the halved memory: the person reads of memory, not of a wrong setting."""
     job_id = queued(line, "tv")
