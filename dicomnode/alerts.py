@@ -79,7 +79,7 @@ class Alerter:
         self._logged: dict[str, float | None] = {}
         self._failing: dict[str, float] = {}
         self._lock, self._ticking = threading.Lock(), threading.Lock()
-        self._last_tick: float | None = None
+        self._last_tick = _newest_event(ledger)  # a clock set back while the node was off is noticed, too
         self._starts, self._died = self._started(clock())
 
     def tick(self) -> None:
@@ -331,3 +331,9 @@ def compose(ae_title: str, rows: Sequence[Mapping[str, Any]]) -> tuple[str, str]
 def starts(ledger: Ledger) -> tuple[float, ...]:
     """When the worker started, the last times, seconds since 1970."""
     return tuple(json.loads(memo(ledger, STARTS) or "[]"))
+
+
+def _newest_event(ledger: Ledger) -> float | None:
+    """When the newest event was written, by the clock of then."""
+    rows = ledger.query("SELECT at FROM event ORDER BY id DESC LIMIT 1")
+    return float(rows[0]["at"]) if rows else None

@@ -31,6 +31,7 @@ from dicomnode.ledger import Ledger
 __all__ = ["REPORT_S", "test"]
 
 REPORT_S = 20.0
+LOOK_S = 0.5
 INVALID_ARGUMENT = 0x0115  # PS3.7 10.1.1.1.8
 
 
@@ -57,7 +58,7 @@ class _Report:
 def test(peer: Peer, config: Config, made: Phantom) -> Finding | str:
     """Ask for the commitment and wait for the report, at most REPORT_S. Raises PeerUnreachable."""
     report = _Report()
-    with _listening(config, report) as listens:
+    with _listening(config, report):
         association = scu.open_association(
             peer, [build_context(StorageCommitmentPushModel)], calling_ae=config.node.ae_title,
             connect_timeout_s=config.delivery.connect_timeout_s, dimse_timeout_s=config.delivery.dimse_timeout_s,
@@ -65,8 +66,8 @@ def test(peer: Peer, config: Config, made: Phantom) -> Finding | str:
         try:
             _ask(association, peer, report.transaction_uid, made)
             until = time.monotonic() + REPORT_S
-            while not report.came.wait(0.2) and time.monotonic() < until:
-                if not listens and _node_heard(config, report.transaction_uid):
+            while not report.came.wait(LOOK_S) and time.monotonic() < until:
+                if _node_heard(config, report.transaction_uid):
                     return "takes the request, and its report finds the way to the node, which runs"
         finally:
             scu.leave(association)
@@ -74,7 +75,8 @@ def test(peer: Peer, config: Config, made: Phantom) -> Finding | str:
         return Finding("", "warning", f"takes the request and has not reported within {REPORT_S:.0f} s; "
                        f"deliveries wait {config.delivery.commitment_timeout_s:.0f} s",
                        f"our AE title {config.node.ae_title} must be known there with this node's address and port "
-                       f"{config.node.port}, or it may commit at certain times only")
+                       f"{config.node.port}, or it may commit at certain times only. Where it answers "
+                       "over TLS, test it while the node runs")
     if made.sop_instance_uid not in report.kept:
         return Finding("", "problem", "reports that it does not keep the phantom that it stored",
                        "look into the log of the peer")
@@ -100,18 +102,18 @@ def _ask(association: Any, peer: Peer, transaction_uid: str, made: Phantom) -> N
 
 
 @contextmanager
-def _listening(config: Config, report: _Report) -> Iterator[bool]:
-    """Listen on node.port, as the node would; False where that is taken: by the node, as `check` has found out."""
+def _listening(config: Config, report: _Report) -> Iterator[None]:
+    """Listen on node.port, as the node would, unless that is taken: by the node, as `check` has found out."""
     ae = AE(config.node.ae_title)
     ae.add_supported_context(StorageCommitmentPushModel, scu_role=False, scp_role=True)
     try:
         server = ae.start_server((config.node.host, config.node.port), block=False,
                                  evt_handlers=[(evt.EVT_N_EVENT_REPORT, report.hear, ["an association of its own"])])
     except OSError:
-        yield False
+        yield
         return
     try:
-        yield True
+        yield
     finally:
         if server is not None:
             server.shutdown()

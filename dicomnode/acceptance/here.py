@@ -66,6 +66,9 @@ def _write_probe(folder: Path) -> Finding:
 def port(config: Config) -> Iterator[Finding]:
     """Free, or taken by a node that answers C-ECHO under our AE title."""
     node = config.node
+    if not config.tls.plain:
+        yield _tls_port(config)
+        return
     address = f"{node.host or '0.0.0.0'}:{node.port}"
     try:
         with socket.create_server((node.host, node.port)):
@@ -89,6 +92,18 @@ def port(config: Config) -> Iterator[Finding]:
                           "stop the program that holds the port, or change node.port")
         return
     yield Finding("port", "ok", f"the node answers C-ECHO on {address}")
+
+
+def _tls_port(config: Config) -> Finding:
+    """Free, or taken: whose it is cannot be asked without a certificate that we accept ourselves."""
+    address = f"{config.node.host or '0.0.0.0'}:{config.tls.port}"
+    try:
+        with socket.create_server((config.node.host, config.tls.port or 0)):
+            return Finding("port", "ok", f"{address} (TLS alone) is free: the node is not running")
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            return Finding("port", "ok", f"{address} (TLS alone) is taken: by the node, if it runs")
+        return Finding("port", "problem", f"cannot listen on {address}: {error}", "mend node.host or tls.port")
 
 
 def clock(now: float) -> Iterator[Finding]:

@@ -30,7 +30,7 @@ from pynetdicom.sop_class import (  # type: ignore[attr-defined]
 from typer.testing import CliRunner
 
 from dicomnode import acceptance
-from dicomnode.acceptance import committing, phantom
+from dicomnode.acceptance import committing, here, phantom
 from dicomnode.acceptance.finding import Finding
 from dicomnode.cli import app
 from dicomnode.config import parse
@@ -298,6 +298,48 @@ def test_a_cluster_without_a_fitting_worker_is_told_from_one_with_it(tmp_path):
                   for device in ("cpu", "cuda")}
     assert (result["cpu"].verdict, result["cuda"].verdict) == ("ok", "problem")
     assert "GPU=1" in result["cuda"].remedy
+
+
+class FakeTorch:
+    """As much of torch as the check asks of it, with one CUDA device that adds as told."""
+
+    __version__ = "2"
+
+    def __init__(self, total: float | None) -> None:
+        self.total, self.cuda = total, self
+
+    def is_available(self) -> bool:
+        return True
+
+    def device_count(self) -> int:
+        return 1
+
+    def ones(self, *_: object, device: str) -> FakeTorch:
+        if self.total is None:
+            raise RuntimeError("CUDA error: unspecified launch failure\nlong story")
+        return self
+
+    def sum(self) -> float:
+        return float(self.total or 0)
+
+    def mem_get_info(self, index: int) -> tuple[int, int]:
+        return 80_000_000_000, 80_000_000_000
+
+    def get_device_name(self, index: int) -> str:
+        return "a GPU"
+
+
+@pytest.mark.parametrize(("wanted", "total", "verdict", "text"), [
+    ("cuda:0", 1000.0, "ok", "a GPU"), ("auto", 1000.0, "ok", "80 GB free"), ("cuda:1", 1000.0, "problem", "sees 1"),
+    ("cuda:0", None, "problem", "launch failure"), ("cuda:0", 999.0, "problem", "999"), ("cpu", None, "ok", "CPU")])
+def test_a_device_is_asked_to_compute(tmp_path, monkeypatch, wanted, total, verdict, text):
+    """One that is there and fails, or adds wrongly, is a problem before the first study."""
+    fake = FakeTorch(total)
+    fake.get_num_threads = lambda: 4  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch", fake)
+    config = parse(f'[work]\ndevice = "{wanted}"')
+    (finding,) = here.devices(config)
+    assert finding.verdict == verdict and text in finding.text and "long story" not in finding.text
 
 
 def test_the_check_leaves_the_ledger_as_it_is(tmp_path):

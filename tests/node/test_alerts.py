@@ -17,7 +17,7 @@ from typing import Any
 from zoneinfo import ZoneInfo
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 from typer.testing import CliRunner, Result
@@ -224,6 +224,16 @@ def test_a_ledger_that_cannot_be_written_is_said_all_the_same(line, monkeypatch)
     assert len(pager.messages) == 1 and "disk is full" in pager.messages[0][1]
 
 
+def test_a_clock_set_back_while_the_node_was_off_is_said(line):
+    """As after a power loss with an empty battery."""
+    pager = Pager()
+    line.now = 2_000_000.0
+    alerter(line, pager).close()
+    line.now = 1_000_000.0
+    ticks(alerter(line, pager), line)
+    assert "the clock was set back" in pager.messages[0][1]
+
+
 def test_a_clock_set_back_is_said_and_silences_nobody(line):
     """What was sent 'in the future' does not wait for the future to come."""
     pager = Pager()
@@ -289,6 +299,38 @@ def test_a_tick_that_fails_for_minutes_is_said_and_then_that_it_works_again(line
         match()
     ticks(alerts, line, 3)
     assert len(pager.messages) == 2 and "RESOLVED" in pager.messages[1][1] and "Doe" not in str(pager.messages)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(st.sets(st.integers(0, 3)), st.sampled_from([TOLD, TOLD, None, Outcome(failed=(1,))]),
+                          st.sampled_from([20.0, 20.0, 700.0, 4000.0, -5000.0])), max_size=25))
+def test_whatever_happens_the_last_thing_that_people_know_is_true(tmp_path_factory, history):
+    """Things break and mend, the notifier fails or hangs, the clock jumps: nothing is called resolved that was not
+    said before, even a clock that jumps back doubles the messages of an hour at most, and after a quiet while people
+    know exactly what is wrong."""
+    pager, known, begun = Pager(), set(), []
+    wrong: set[int] = set()
+    with Line(tmp_path_factory.mktemp("history"), toml="[alerts]\ndigest = false") as line, capture_logs(), \
+            pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dicomnode.alerts.find", lambda *_, **__: [
+            troubles.Trouble(f"t{n}", "problem", f"thing {n} is wrong") for n in sorted(wrong)])
+        alerts = alerter(line, pager)
+        elapsed = 0.0
+        for now_wrong, outcome, jump in [*history, *[(history[-1][0] if history else set(), TOLD, 4000.0)] * 6]:
+            wrong, pager.outcome = now_wrong, outcome
+            line.now += jump
+            elapsed += max(jump, 0.0)
+            before = len(pager.messages)
+            alerts.tick()
+            begun += [elapsed] * (len(pager.messages) - before)
+        for _, body in pager.messages:
+            for text in body.splitlines():
+                number = int(text.split("thing ")[1].split()[0])
+                assert number in known or not text.startswith("RESOLVED")
+                known.add(number)
+        rows = {row["key"]: row for row in line.ledger.query("SELECT * FROM alert")}
+    assert set(rows) == {f"t{n}" for n in wrong} and all(row["sent_at"] is not None for row in rows.values())
+    assert all(sum(at - HOUR < other <= at for other in begun) <= 2 * MESSAGES_AN_HOUR for at in begun)
 
 
 # --- what is wrong
