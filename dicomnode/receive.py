@@ -41,7 +41,9 @@ def run(config: Config, *, stop: threading.Event, ready: Callable[[], None], pul
         receiver = Receiver(config, spool, ledger, clock=time.time)
         receiver.start()
         node, known = config.node, ledger.counts()["instance"]["all"]
-        log.info(f"{node.ae_title} receives on {node.host} port {node.port}; {known} instances are known, "
+        ports = " and ".join([f"port {node.port}"] * config.tls.plain
+                             + [f"port {config.tls.port} with TLS"] * (config.tls.port is not None))
+        log.info(f"{node.ae_title} receives on {node.host} {ports}; {known} instances are known, "
                  f"{swept} unfinished files were removed.", action="receiver_started", port=node.port, swept=swept)
         try:
             ready()

@@ -6,6 +6,7 @@ import ipaddress
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, StringConstraints, field_validator, model_validator
@@ -223,6 +224,13 @@ class Peer(Section):
         if self.stow_token_file is not None and self.stow_url is None:
             raise ValueError("stow_token_file needs stow_url")
         return self
+
+    @field_validator("stow_url")
+    @classmethod
+    def _no_secret(cls, value: str | None) -> str | None:
+        if value is not None and "@" in urlsplit(value).netloc:
+            raise ValueError("must not hold a name and password: put a token into stow_token_file")
+        return value
 
     @field_validator("addresses")
     @classmethod

@@ -22,6 +22,7 @@ from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]
 from dicomnode import scu, tls
 from dicomnode.config import ConfigError, Peer, Tls, parse
 from dicomnode.errors import PeerUnreachable
+from dicomnode.secretfiles import read_secret
 from tests.certificates import NOW, Authority, Certificate
 from tests.factories import ct_series
 from tests.peers import (
@@ -416,6 +417,26 @@ def test_no_secret_is_in_the_log_the_configuration_or_the_process_list(site: Sit
     assert b"correct horse" not in seen
 
 
+@pytest.mark.parametrize(("content", "mode", "why"), [
+    (b"", 0o600, "is empty"), (b"\xff\xfesesame", 0o600, "is not text"), (b"sesame", 0o644, "has mode 0644"),
+    (None, 0, "cannot be read")])
+def test_a_secret_file_that_cannot_be_used_is_named_with_the_remedy(
+        tmp_path: Path, content: bytes | None, mode: int, why: str):
+    """Missing, empty, binary, or open to others; its content is never told."""
+    path = tmp_path / "token"
+    if content is not None:
+        path.touch(mode)
+        path.write_bytes(content)
+        path.chmod(mode)
+    with pytest.raises(ConfigError, match=f"stow_token_file.*{why}.*Remedy") as refused:
+        read_secret(path, what="stow_token_file")
+    assert "sesame" not in str(refused.value)
+    path.unlink(missing_ok=True)
+    path.touch(0o600)
+    path.write_text("sesame\r\n")
+    assert read_secret(path, what="stow_token_file") == "sesame"
+
+
 def test_days_left_count_to_the_first_certificate_that_ends(tmp_path: Path):
     """A file may hold a chain; what is over counts below zero."""
     authority = Authority(tmp_path)
@@ -433,6 +454,7 @@ def test_days_left_count_to_the_first_certificate_that_ends(tmp_path: Path):
 @pytest.mark.parametrize(("text", "why"), [
     ('[[peer]]\nname = "p"\nae_title = "P"\nhost = "h"\ntls = true', "tls_ca or certificate_sha256"),
     (f'[[peer]]\nname = "p"\nae_title = "P"\nhost = "h"\ncertificate_sha256 = ["{"0" * 64}"]', "needs tls = true"),
+    ('[[peer]]\nname = "p"\nae_title = "P"\nhost = "h"\nstow_url = "https://me:secret@pacs/rs"', "stow_token_file"),
     ('[tls]\nport = 11112\ncertificate = "c"\nkey = "k"\nca = "a"', "a port of its own"),
 ])
 def test_settings_that_protect_less_than_they_seem_to_are_refused(text: str, why: str):
