@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from dicomnode import workers
 from dicomnode.config import Config
 from dicomnode.ledger import Ledger
 from dicomnode.reconcile import problem_key
@@ -108,10 +109,10 @@ def _machine(config: Config, machine: Machine, now: float) -> Iterator[Trouble]:
 
 def _workers(ledger: Ledger, config: Config, now: float) -> Iterator[Trouble]:
     limit_s = max(SETTLING_S, SLOWEST_HEARTBEATS * config.work.heartbeat_s)
-    for row in ledger.query("SELECT * FROM worker WHERE heartbeat_at < ? ORDER BY name", (now - limit_s,)):
+    for row in workers.stale(ledger, now, limit_s=limit_s):
         doing = f" with job {row['job_id']}" if row["job_id"] is not None else ""
         yield Trouble(f"worker:{row['name']}", "problem", f"worker {row['name']} on {row['device']}{doing} was last "
-                      f"heard of {_minutes(now - row['heartbeat_at'])} ago. Remedy: dicomnode status",
+                      f"heard of {_minutes(row['silent_s'])} ago. Remedy: dicomnode status",
                       grace_s=SETTLING_S)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
+from dicomnode import workers
 from dicomnode.errors import NotFound, RefusedInput
 from dicomnode.ledger import Ledger
 
@@ -68,18 +69,26 @@ def show(ledger: Ledger, study: str) -> Json:
 
 
 def status(ledger: Ledger, *, free_bytes: int, now: float) -> Json:
-    """The node at a glance: rows by state, what runs, what waits for a person, and the disk."""
+    """The node at a glance: rows by state, who works, what runs, what waits for a person, and the disk."""
     rows = ledger.overview()
     views = [_series(row) for row in rows]
     held = [view for view in views if view["state"] == "held"]
     return {
         "at": timestamp(now),
         "counts": ledger.counts(),
+        "workers": _workers(ledger, now),
         "running": [view for view in views if view["state"] == "running"],
         "held": held,
         "last_received_at": timestamp(max((row["last_at"] for row in rows), default=None)),
         "free_bytes": free_bytes,
     }
+
+
+def _workers(ledger: Ledger, now: float) -> list[Json]:
+    late = {row["name"] for row in workers.stale(ledger, now)}
+    return [{"name": row["name"], "device": row["device"], "job": row["job_id"], "stale": row["name"] in late,
+             "started_at": timestamp(row["started_at"]), "heartbeat_at": timestamp(row["heartbeat_at"])}
+            for row in workers.listing(ledger)]
 
 
 def _series(row: Mapping[str, Any]) -> Json:

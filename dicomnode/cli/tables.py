@@ -50,6 +50,9 @@ def print_status(console: Console, value: Mapping[str, Any]) -> None:
     last = f", last at {_short(value['last_received_at'])} UTC" if value["last_received_at"] else ""
     console.print(f"{'instances':<10}{counts['instance']['all']}{last}")
     console.print(f"{'disk':<10}{value['free_bytes'] / 2**30:.1f} GiB free")
+    said = [f"{one['device']}: " + (f"not heard of since {_short(one['heartbeat_at'])} UTC" if one["stale"] else
+                                    f"job {one['job']}" if one["job"] else "waits") for one in value["workers"]]
+    console.print(f"{'workers':<10}{', '.join(said) or 'none runs'}")
     for title, rows in (("Running", value["running"]), ("Waiting for a person", value["held"])):
         if rows:
             console.print(f"\n[bold]{title}[/bold]")

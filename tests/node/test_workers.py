@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from dicomnode import work, workers
+from dicomnode import views, work, workers
 from dicomnode.ledger import NewJob
 from dicomnode.process import Pulse
 from dicomnode.runner import ChildRunner
@@ -104,6 +104,8 @@ def test_a_worker_without_a_heartbeat_is_stale_and_cleared_by_the_next_one(line:
     workers.enter(line.ledger, "host:7:cpu", device="cpu", now=1000.0)
     workers.beat(line.ledger, [workers.Beat("host:7:cpu", 1100.0, 12)])
     assert workers.stale(line.ledger, 1100.0 + workers.STALE_S) == []
+    seen = [views.status(line.ledger, free_bytes=1, now=now + workers.STALE_S)["workers"][0] for now in (1100, 1101)]
+    assert [one["stale"] for one in seen] == [False, True] and seen[0]["device"] == "cpu" and seen[0]["job"] == 12
     (found,) = workers.stale(line.ledger, 1101.0 + workers.STALE_S)
     assert (found["name"], found["job_id"], found["silent_s"]) == ("host:7:cpu", 12, workers.STALE_S + 1)
     assert workers.clear(line.ledger, now=1300.0) == ["host:7:cpu"]
