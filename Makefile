@@ -13,12 +13,14 @@ TEST_ENV := OMP_NUM_THREADS=1 TCP_NODELAY=1 PATH="$(CURDIR)/$(BIN):$$PATH"
 PYTEST   := $(TEST_ENV) $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-gpu check bench venv install uninstall system-packages clean
+.PHONY: help demo test test-slow chaos soak test-gpu check bench venv install uninstall system-packages clean
 
 help:
 	@echo "make demo        install into $(VENV), then run the demo into $(OUT)"
 	@echo "make test        install and run the tests (DCMTK, Orthanc and dicom3tools from Debian)"
 	@echo "make test-slow   the tests that take minutes each"
+	@echo "make chaos       kill -9, full disks, bad peers, clock jumps, probes: chaos-report.md"
+	@echo "make soak        a million small instances, or an hour: soak-report.md"
 	@echo "make test-gpu    the tests that need a CUDA device"
 	@echo "make check       ruff and mypy"
 	@echo "make bench       all benchmarks"
@@ -43,6 +45,15 @@ test: system-packages $(VENV)/.installed-test
 
 test-slow: system-packages $(VENV)/.installed-test
 	$(PYTEST) -m slow
+
+# CHAOS_KILLS=200, CHAOS_PROBES=10000; the report says what was counted.
+chaos: system-packages $(VENV)/.installed-test
+	CHAOS_REPORT=chaos-report.md $(PYTEST) tests/chaos -m chaos
+	$(TEST_ENV) $(BIN)/python scripts/fuzz.py
+
+# SOAK_INSTANCES=1000000, SOAK_MINUTES=60
+soak: system-packages $(VENV)/.installed-test
+	CHAOS_REPORT=soak-report.md $(PYTEST) -m soak
 
 test-gpu: $(VENV)/.installed-test
 	$(PYTEST) -m gpu
