@@ -51,7 +51,7 @@ QUIET_S = 30.0
 NODE_S = 0.6 + 2.6 + 2.7  # read, derive, check of the real whole body
 CLUSTER_S = 5.0  # starting the computation there, 18 MB to it and 140 MB back; its processor waits meanwhile
 NODE_CORES = 2
-DELIVERY_MB_S = 20.0  # C-STORE of objects of 256 x 256 to a DCMTK peer, on a busy machine
+DELIVERY_MB_S = 20.0  # C-STORE of objects of 256 x 256 to a DCMTK peer: 10 to 26 on a busy machine
 
 #: kind of processor and preset -> (seconds of a whole body, of a head and neck, where they come from)
 SERVICE_S: dict[str, tuple[float, float, str]] = {

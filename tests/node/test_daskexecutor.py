@@ -24,7 +24,8 @@ import numpy as np
 import pytest
 import torch
 
-from deconv import Cancelled, Progress, Volume
+from deconv import Cancelled, Progress, Volume, method
+from deconv.phantoms import spheres
 from dicomnode import daskclient, remote, troubles
 from dicomnode.daskclient import ClusterUnavailable, WorkerLost
 from dicomnode.daskexecutor import PROBE_S, WAITS, Cluster, DaskRunner, unreachable
@@ -33,6 +34,8 @@ from dicomnode.ledger import NewJob
 from dicomnode.pipeline import process
 from dicomnode.runner import ChildRunner
 from dicomnode.troubles import Machine
+from dicomnode.work import run as work
+from tests.certificates import Authority
 from tests.factories import pet_series
 from tests.node.line import PET_ROUTE, Line
 from tests.node.test_pipeline import blurred_pet
@@ -55,18 +58,21 @@ def free_port() -> int:
 
 
 class Site:
-    """A scheduler and its workers; each a process started as docs/scale.md says."""
+    """A scheduler and its workers, processes started as docs/scale.md says. `dask`: a folder of Dask's settings."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, port: int = 0, protocol: str = "tcp", dask: Path | None = None) -> None:
         self.folder = folder
-        self.port = free_port()
-        self.address = f"tcp://127.0.0.1:{self.port}"
-        self.scheduler = self.start("scheduler", "--host", "127.0.0.1", "--port", str(self.port), "--no-dashboard")
+        self.environment = {**ENVIRONMENT, **({"DASK_CONFIG": str(dask)} if dask else {})}
+        self.port = port or free_port()
+        self.address = f"{protocol}://127.0.0.1:{self.port}"
+        self.scheduler = self.start("scheduler", "--host", "127.0.0.1", "--port", str(self.port), "--no-dashboard",
+                                    "--protocol", protocol)
         self.workers: list[subprocess.Popen] = []
 
     def start(self, *arguments: str) -> subprocess.Popen:
         with (self.folder / f"{arguments[0]}-{time.monotonic_ns()}.log").open("wb") as log:
-            return subprocess.Popen([*DASK, *arguments], stdout=log, stderr=log, env=ENVIRONMENT, cwd=self.folder)
+            return subprocess.Popen([*DASK, *arguments], stdout=log, stderr=log, env=self.environment,
+                                    cwd=self.folder)
 
     def worker(self, *arguments: str) -> subprocess.Popen:
         process = self.start("worker", self.address, "--host", "127.0.0.1", "--nthreads", "1", "--no-nanny",
@@ -224,6 +230,25 @@ def test_what_travels_names_no_patient_and_no_object(tmp_path: Path, site: Site,
             pet[0].SeriesInstanceUID, pet[0].SOPInstanceUID, pet[0].FrameOfReferenceUID, pet[0].StudyDate]
     assert [str(text) for text in told if str(text).encode() in sent[0]] == []
     assert pickle.loads(sent[0]).volume.shape == (8, 16, 14)
+
+
+@pytest.mark.slow
+def test_the_default_preset_is_the_same_there_and_here(site: Site) -> None:
+    """`best`: image, kernel and uncertainty bit for bit, settings and metrics but for the seconds."""
+    phantom = spheres((16, 32, 32)).measured
+    there = daskclient.deconvolve(site.address, phantom, None, method="nbd", preset="best", overrides={}, device="cpu",
+                                  threads=1, key="best").result
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        here = method("nbd").deconvolve(phantom, method("nbd").settings("best"), device="cpu")
+    finally:
+        torch.set_num_threads(before)
+    assert there.kernel is not None and np.array_equal(there.kernel, here.kernel)
+    assert np.array_equal(there.image.array, here.image.array)
+    assert there.uncertainty is not None and np.array_equal(there.uncertainty.array, here.uncertainty.array)
+    assert dict(there.settings) == dict(here.settings)
+    assert {**there.metrics, "seconds": 0} == {**here.metrics, "seconds": 0}
 
 
 # --- ending it
@@ -384,6 +409,59 @@ def test_a_study_that_takes_down_worker_after_worker_is_held(tmp_path: Path) -> 
             line.now += 3600
         assert states == [("queued", 0), ("failed", 1), ("held", 2)]
         assert "not the first worker" in job["reason"]
+
+
+@pytest.mark.slow
+def test_a_whole_node_waits_for_its_cluster_and_builds_when_it_comes(tmp_path: Path,
+                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    """The working process with executor = "dask": no scheduler, so the job waits and says so; then it is built."""
+    monkeypatch.setattr("dicomnode.daskexecutor.PROBE_S", 0.5)
+    port, stop = free_port(), threading.Event()
+    toml = TOML + f'executor = "dask"\ndask_scheduler = "tcp://127.0.0.1:{port}"\ndask_jobs = 2\n'
+    site: Site | None = None
+    with Line(tmp_path / "node", toml=toml, route=ROUTE) as line:
+        job_id = queued(line, "nearest")
+        node = threading.Thread(target=work, args=(line.config,), kwargs={"stop": stop, "ready": lambda: None})
+        node.start()
+        try:
+            wait_until("the reason", lambda: line.ledger.job(job_id)["code"] == WAITS, timeout_s=30)
+            assert "does not answer" in line.ledger.job(job_id)["reason"]
+            site = Site(tmp_path, port=port)
+            site.worker("--resources", "CPU=1")
+            wait_until("the job to be built", lambda: line.ledger.job(job_id)["derived_path"], timeout_s=90)
+        finally:
+            stop.set()
+            node.join()
+            if site is not None:
+                site.close()
+        job = line.ledger.job(job_id)
+        assert job["attempts"] == 1 and job["device"] == "dask"
+        assert len(files(line.spool.absolute(job["derived_path"]))) == 24
+
+
+@pytest.mark.slow
+def test_everything_goes_by_tls_and_nobody_without_a_certificate_gets_in(tmp_path: Path) -> None:
+    """The settings of docs/scale.md: computed with a certificate of the site's authority, refused with none."""
+    authority = Authority(tmp_path)
+    ours = authority.issue("ours")
+    pair = f"{{cert: {ours.certificate}, key: {ours.key}}}"
+    (tmp_path / "dask").mkdir()
+    (tmp_path / "dask" / "tls.yaml").write_text(
+        "distributed:\n  comm:\n    require-encryption: true\n    tls:\n"
+        f"      ca-file: {authority.path}\n      scheduler: {pair}\n      worker: {pair}\n      client: {pair}\n")
+    site = Site(tmp_path, protocol="tls", dask=tmp_path / "dask")
+    try:
+        site.worker("--resources", "CPU=1")
+        program = ("import sys, types; sys.path.insert(0, '.')\nfrom tests.node.test_daskexecutor import ask\n"
+                   f"made = ask(types.SimpleNamespace(address={site.address!r}), 'tls', method='nearest')\n"
+                   "print(made.result.image.shape)")
+        wait_until("the scheduler", lambda: not unreachable(site.address), timeout_s=30)
+        runs = [subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, env=environment, capture_output=True,
+                               text=True, timeout=90) for environment in (site.environment, ENVIRONMENT)]
+    finally:
+        site.close()
+    assert "(16, 32, 28)" in runs[0].stdout, runs[0].stderr
+    assert runs[1].returncode != 0 and "ClusterUnavailable" in runs[1].stderr and "TLS" in runs[1].stderr
 
 
 # --- the child of the worker
