@@ -94,7 +94,7 @@ def test_systemd_accepts_the_units(unit, tmp_path):
     assert done.returncode == 0 and not said, done.stderr
 
 
-@pytest.mark.parametrize("script", [".ci/run", "scripts/system-packages.sh"])
+@pytest.mark.parametrize("script", [".ci/run", "scripts/system-packages.sh", "scripts/install.sh"])
 def test_scripts_can_be_run(script):
     """Executable, and the shell can read them."""
     path = ROOT / script

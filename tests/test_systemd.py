@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -182,6 +183,73 @@ def test_the_installer_refuses_what_it_does_not_know(site):
     assert "--help" in site.install("--no-such-option", code=2)
     assert "--uninstall" in site.install("--help")
     assert not site.root.exists()
+
+
+# --- as root on a whole machine, of which a copy is made: mounts of its own over /etc, /opt, /usr/local, /var and /run
+
+WHOLE = """
+set -eu
+mount -t tmpfs scratch "$1/scratch"
+for top in etc opt var usr/local; do
+    mkdir -p "$1/scratch/$top/upper" "$1/scratch/$top/work"
+    mount -t overlay over -o "lowerdir=/$top,upperdir=$1/scratch/$top/upper,workdir=$1/scratch/$top/work" "/$top"
+done
+mount -t tmpfs run /run
+mkdir -p /run/systemd/system
+say() { echo "== $1" >> "$2/log"; }
+again() { say "$1" "$2"; sh "$INSTALL" > "$2/said.$1" 2>&1 && echo done >> "$2/log" || echo refused >> "$2/log"; }
+again first "$1"
+touch "$1/active"
+again upgrade "$1"
+echo 'nonsense = 1' > /etc/dicomnode/dicomnode.toml
+touch /opt/dicomnode/bin/of-before
+again broken "$1"
+test -e /opt/dicomnode/bin/of-before && echo "kept what ran" >> "$1/log"
+stat -c '%U:%G %a %n' /etc/dicomnode /var/lib/dicomnode >> "$1/log"
+"""
+
+
+def _may_unshare() -> bool:
+    try:
+        return os.geteuid() == 0 and subprocess.run(
+            ["unshare", "-m", "sh", "-c", "mount -t tmpfs t /mnt && mkdir /mnt/u /mnt/w && "
+             "mount -t overlay o -o lowerdir=/opt,upperdir=/mnt/u,workdir=/mnt/w /opt"],
+            capture_output=True, timeout=20).returncode == 0
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not _may_unshare(), reason="needs root and overlay mounts")
+def test_services_are_stopped_for_an_upgrade_and_started_again_whatever_becomes_of_it(tmp_path):
+    """First installation: enabled, not started. Upgrade: stopped, then started. A configuration that does not fit the
+    new version: what ran before runs again."""
+    outside = {path: path.exists() for path in map(Path, (
+        "/opt/dicomnode", "/etc/dicomnode", "/etc/sysusers.d/dicomnode.conf", "/var/lib/dicomnode"))}
+    (tmp_path / "scratch").mkdir()
+    fakes = tmp_path / "fakes"
+    fakes.mkdir()
+    (fakes / "systemctl").write_text(f'#!/bin/sh\n[ "$1" != is-active ] || {{ test -e {tmp_path}/active; exit; }}\n'
+                                     f'echo "$@" >> {tmp_path}/log\n')
+    pip = fakes / "pip"
+    here = "\\n".join([str(ROOT), *(path for path in sys.path if path.endswith("site-packages"))])
+    pip.write_text("#!/bin/sh\nset -e\nbin=/opt/dicomnode/bin\n"
+                   f'printf "{here}\\n" > "$(echo $bin/../lib/python*/site-packages)/here.pth"\n'
+                   'printf "#!/bin/sh\\n" > $bin/dicomnode\nchmod 755 $bin/dicomnode\n')
+    for path in fakes.iterdir():
+        path.chmod(0o755)
+    done = subprocess.run(["unshare", "-m", "sh", "-c", WHOLE, "whole", str(tmp_path)], capture_output=True, text=True,
+                          timeout=120, env={"PATH": f"{fakes}:/usr/sbin:/usr/bin:/sbin:/bin", "INSTALL": str(INSTALL),
+                                            "PYTHON": sys.executable, "PIP": str(pip)})
+    assert done.returncode == 0, done.stderr
+    both = "dicomnode-work.service dicomnode-receive.service"
+    stop, enable = f"stop {both}", f"enable --quiet {both} dicomnode.target"
+    assert (tmp_path / "log").read_text().splitlines() == [
+        "== first", stop, "daemon-reload", enable, "done",
+        "== upgrade", stop, "daemon-reload", enable, f"start {both}", "done",
+        "== broken", stop, f"start {both}", "refused", "kept what ran",
+        "root:dicomnode 750 /etc/dicomnode", "dicomnode:dicomnode 700 /var/lib/dicomnode"]
+    assert "nonsense" in (tmp_path / "said.broken").read_text()
+    assert {path: path.exists() for path in outside} == outside, "this machine itself is left as it was"
 
 
 # --- backup
