@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from zoneinfo import ZoneInfo
@@ -154,8 +156,6 @@ def test_waiting_job_says_for_what():
 
 def test_ledger_gives_measurements_and_queue(tmp_path: Path):
     """Durations by what the report says of the device; a job that was interrupted measures nothing."""
-    from dataclasses import replace
-
     with Line(tmp_path, toml='[work]\ndevice = "cuda:0"\n[schedule]\ntimezone = "Europe/Berlin"\n'
                              'windows = ["20:00-06:00"]\n') as line:
         now = at("2026-06-01 22:00")
@@ -180,6 +180,40 @@ def test_ledger_gives_measurements_and_queue(tmp_path: Path):
     assert value["counts"] == {"fits": 1, "past-end": 0, "not-tonight": 0, "unknown": 0}
     assert [(one["job"], one["start"], one["end"]) for one in value["jobs"]] == [
         (4, "2026-06-01T20:00:00Z", "2026-06-01T20:02:00Z")]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_jobs_are_claimed_in_the_order_and_at_the_times_of_the_plan(tmp_path: Path, seed: int):
+    """Priorities, urgent ones, waits after failures and routes by day and by night: plan and claims agree."""
+    rng, now = random.Random(seed), at("2026-10-24 15:00")
+    routes = "".join(f'[[route]]\nname = "{name}"\nwhen = {{ Modality = "PT" }}\nsend_to = ["PACS"]\n'
+                     f'windows = ["{window}"]\n' for name, window in (("day", "07:00-17:30"), ("night", "20:00-06:00")))
+    with Line(tmp_path, toml='[schedule]\ntimezone = "Europe/Berlin"\n', route=routes) as line:
+        ledger = line.ledger
+        for number in range(15):
+            series = f"1.2.{number}"
+            ledger.add_instances([instance(series, f"{series}.1", "a", now=now)])
+            ledger.set_series(series, "complete", now=now)
+            job = ledger.add_job(replace(JOB, identity=series, series_uid=series, route=rng.choice(["day", "night"]),
+                                         priority=rng.randrange(3), urgent=rng.random() < 0.2), now=now)
+            with ledger.transaction() as db:
+                db.execute("UPDATE job SET run_after = ? WHERE id = ?", (now + rng.choice([0, 0, 5 * H]), job))
+        with ledger.transaction() as db:  # an old job that took two hours
+            db.execute("INSERT INTO job (identity, series_uid, study_uid, route, method, preset, settings, send_to, "
+                       "inputs, state, run_after, created_at, started_at, built_at, report) SELECT 'x', series_uid, "
+                       "'1', 'day', method, preset, '{}', '[]', '[]', 'delivered', 0, 0, 1, 7201, "
+                       "'{\"device\": \"cpu\"}' FROM job WHERE id = 1")
+        found = forecast(ledger, line.config, now=now)["jobs"]
+        openings = Openings(line.config.schedule, line.config.route)
+        assert len(found) == 15
+        free_at = now
+        for one in found:
+            start, end = (datetime.fromisoformat(one[name]).timestamp() for name in ("start", "end"))
+            if start > free_at:  # nothing could have started before
+                assert ledger.claim("w", now=start - 1, lease_s=1e9, may_start=openings.may_start(start - 1)) is None
+            claimed = ledger.claim("w", now=start, lease_s=1e9, may_start=openings.may_start(start))
+            assert claimed is not None and claimed["id"] == one["job"]
+            free_at = end
 
 
 def test_route_with_its_own_windows_is_planned_by_them():
