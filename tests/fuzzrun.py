@@ -8,6 +8,7 @@ import random
 import resource
 import select
 import socket
+import ssl
 import struct
 import threading
 import time
@@ -125,8 +126,12 @@ def _read(good: Good, instances: Sequence[bytes], folder: Path) -> str:
 # --- byte streams
 
 
-def fuzz_streams(count: int, receiver: ReceiverProcess, *, seed: int, at_once: int = 8) -> Report:
-    """Each case: a connection to the receiver that sends a mutated conversation; then good ones, and the accounts."""
+def fuzz_streams(count: int, receiver: ReceiverProcess, *, seed: int, at_once: int = 8,
+                 secure: tuple[int, ssl.SSLContext] | None = None) -> Report:
+    """Each case: a connection to the receiver that sends a mutated conversation; then good ones, and the accounts.
+
+    secure   the TLS port and a client's context: the conversations go through TLS.
+    """
     report, lock = Report(), threading.Lock()
     template = encoded(ct_series(slices=1, seed=1)[0])
     known = str(ct_series(slices=1, seed=1)[0].SOPInstanceUID)
@@ -140,7 +145,7 @@ def fuzz_streams(count: int, receiver: ReceiverProcess, *, seed: int, at_once: i
         uid = f"2.25.{number:0{len(known) - 5}d}".replace("2.25.0", "2.25.9", 1)
         stream = mutated_stream(conversation(uid, template.replace(known.encode(), uid.encode())), rng)
         began = time.perf_counter()
-        answer = _send(receiver.port, stream.parts)
+        answer = _send(receiver.port if secure is None else secure[0], stream.parts, secure and secure[1])
         with lock:
             if stream.cut:
                 cut.add(uid)
@@ -158,22 +163,25 @@ def fuzz_streams(count: int, receiver: ReceiverProcess, *, seed: int, at_once: i
     return report
 
 
-def _send(port: int, parts: Sequence[bytes]) -> str:
+def _send(port: int, parts: Sequence[bytes], secure: ssl.SSLContext | None = None) -> str:
     """The first part, whatever comes back for a moment, the others, then our end closed: what the receiver said."""
     said = b""
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as plain:
+        connection = plain if secure is None else secure.wrap_socket(plain, server_hostname="127.0.0.1")
         try:
             for number, part in enumerate(parts):
                 if number:
                     select.select([connection], [], [], 0.3)
                 connection.sendall(part)
-            connection.shutdown(socket.SHUT_WR)
+            socket.socket.shutdown(connection, socket.SHUT_WR)  # TLS goes on reading
             while piece := connection.recv(65536):
                 said += piece
         except TimeoutError:
             return "silent for 10 s"
         except OSError:
             return "connection reset"
+        finally:
+            connection.close()
     kinds = []
     while len(said) >= 6:
         kind, length = struct.unpack_from(">BxI", said)

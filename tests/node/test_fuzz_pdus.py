@@ -21,4 +21,4 @@ def test_the_receiver_outlives_mutated_byte_streams(tmp_path: Path, count: int):
     assert report.slowest_s < 10, report.slowest
     assert report.memory_mb < 50
     assert report.outcomes["objects kept"] > count / 30, "some come whole all the same"
-    assert report.outcomes["aborted"] > count / 30
+    assert sum(found for outcome, found in report.outcomes.items() if "aborted" in outcome) > count / 10

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import re
 import socket
 import ssl
@@ -25,6 +26,7 @@ from dicomnode.errors import PeerUnreachable
 from dicomnode.secretfiles import read_secret
 from tests.certificates import NOW, Authority, Certificate
 from tests.factories import ct_series
+from tests.fuzzrun import fuzz_streams
 from tests.peers import (
     DCMTK_ENV,
     REPOSITORY,
@@ -219,6 +221,28 @@ def test_silent_connections_and_plain_dicom_keep_nobody_waiting(site: Site):
         assert connection.recv(1) == b"", "closed after reception.acse_timeout_s"
         connection.close()
     assert site.events("tls")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_tls_port_outlives_rubbish_before_and_inside_the_handshake(site: Site):
+    """Random bytes, a handshake with flipped bits, mutated associations inside TLS: good ones are served as before."""
+    rng = random.Random(7)
+    hello, unused = ssl.MemoryBIO(), ssl.MemoryBIO()
+    with contextlib.suppress(ssl.SSLWantReadError):
+        client(site, site.scanner).wrap_bio(unused, hello, server_hostname="127.0.0.1").do_handshake()
+    greeting = hello.read()
+    for number in range(100):
+        data = bytearray(greeting if number % 2 else rng.randbytes(rng.choice((1, 5, 300))))
+        for _ in range(3):
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        with socket.create_connection(("127.0.0.1", site.port), timeout=5) as plain:
+            plain.sendall(data)
+    report = fuzz_streams(60, site.receiver, seed=3, secure=(site.port, client(site, site.scanner)))
+    assert not report.failures, "\n".join(report.failures[:5])
+    assert sum(count for outcome, count in report.outcomes.items() if outcome.startswith("accepted")) > 10
+    association = over_tls(site, site.scanner, "SECURE")
+    assert association.is_established
+    association.release()
 
 
 def test_tls_on_the_plain_port_is_recorded_and_harms_nothing(site: Site):
