@@ -8,7 +8,7 @@ is named. Jobs that run keep the settings they were started with.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ log = get_logger(__name__)
 class Reading:
     """A configuration that was read again: what is in force from now on, which keys changed, which wait for a restart.
 
-    Keys are "section.key"; of peers and routes their names, as in "peer PACS".
+    Keys are "section.key"; of peers and routes their names, as in "peer PACS"; services in words.
     """
 
     config: Config
@@ -59,7 +59,17 @@ def merged(old: Config, new: Config) -> Reading:
     except ValidationError as error:
         problems = "; ".join(str(item["msg"]).removeprefix("Value error, ") for item in error.errors())
         raise ConfigError(f"it needs a restart of the node ({', '.join(restart)}); without it: {problems}") from error
-    return Reading(config, tuple(key for key in differing if key not in restart), restart)
+    changed = tuple(key for key in differing if key not in restart)
+    return Reading(config, changed, (*restart, *_not_negotiated(old, new)))
+
+
+def _not_negotiated(old: Config, new: Config) -> Iterator[str]:
+    """What the presentation contexts that were bound at the start do not offer, and a peer wants for the first time."""
+    if not any(peer.may_query for peer in old.peer) and any(peer.may_query for peer in new.peer):
+        yield "C-GET for the first peer with may_query"
+    asked = [any(peer.confirm == "commitment" for peer in config.peer) for config in (old, new)]
+    if not old.services.storage_commitment and asked == [False, True]:
+        yield "storage commitment for the first peer with confirm = \"commitment\""
 
 
 def _needs_restart(key: str) -> bool:

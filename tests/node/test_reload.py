@@ -52,6 +52,16 @@ def test_what_cannot_change_keeps_its_old_value_and_is_named() -> None:
     assert reading.config == parse('[node]\nlog_level = "debug"\n' + PEER)
 
 
+def test_services_that_were_not_offered_at_the_start_are_named() -> None:
+    """The first peer that may query, or that is asked for commitment: its other rights hold at once."""
+    off = "[services]\nstorage_commitment = false\n"
+    reading = merged(parse(off + PEER), parse(off + PEER + 'may_query = true\nconfirm = "commitment"\n'))
+    assert reading.changed == ("peer PACS",) and len(reading.restart) == 2
+    assert reading.config.peer[0].may_query
+    more = parse(off + PEER + "may_query = true\n" + OTHER + "may_query = true\n")
+    assert merged(parse(off + PEER + "may_query = true\n"), more).restart == ()
+
+
 def test_a_peer_that_goes_only_with_what_needs_a_restart_is_refused() -> None:
     """TLS to a peer before the authorities of [tls] are in force: said, with the keys that wait."""
     new = '[tls]\nca = "/a"\n' + PEER + "tls = true\n"
