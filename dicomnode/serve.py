@@ -46,6 +46,7 @@ ALIVE_VARIABLE = "DICOMNODE_ALIVE_S"  # for the children: how often they are to 
 ALIVE_S = 5.0
 #: A part that does not say for so long that it is alive is ended. The first time may take longer: libraries are loaded.
 SILENT_S, FIRST_SILENT_S = 60.0, 300.0
+PAUSE_S = 5.0  # between two looks of the supervisor: it stood still itself
 POLL_S = 0.2
 # Before a part that ended is started again. Long waits would keep scanners waiting; these keep a part that fails at
 # once from taking the processor.
@@ -177,9 +178,14 @@ class _Supervisor:
     def watch(self, stop: threading.Event) -> None:
         """Keep the children running until `stop` is set."""
         self._pulse.expect("supervisor", SILENT_S)
+        before = time.monotonic()
         while not stop.is_set():
             self._pulse.beat("supervisor")
             now = time.monotonic()
+            if now - before > PAUSE_S:  # we stood still, perhaps the whole machine: the children may not have spoken
+                for child in self._children:
+                    child.silent_at += now - before
+            before = now
             for child in self._children:
                 if child.process is not None and child.process.poll() is not None:
                     child.reap(now)

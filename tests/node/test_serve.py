@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -143,6 +144,34 @@ def test_a_part_that_hangs_is_ended_and_started_again(node: Node, part: str) -> 
     assert node.children()[other] == before[other]
     assert f"{part} hangs: it is ended and started again" in node.text()
     wait_until("C-ECHO", lambda: echo(node), timeout_s=20)
+
+
+def test_a_machine_that_stood_still_ends_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A virtual machine that was paused for an hour: no part could speak, none is ended for it."""
+    now, ended = [1000.0], []
+    monkeypatch.setattr(serve.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(serve, "end", lambda process, **_: ended.append(process))
+    part = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], stdout=subprocess.PIPE)
+    child = serve._Child("work", Path("unused"), process=part, starts=1, silent_at=1060.0)
+    stop, passing = threading.Event(), [3600.0, 1.0, 4.0]
+
+    def listen(_: object) -> None:
+        now[0] += passing.pop(0)
+        if not passing:
+            stop.set()
+
+    monkeypatch.setattr(serve._Supervisor, "_listen", listen)
+    try:
+        serve._Supervisor([child], process.Pulse()).watch(stop)
+        assert ended == [] and child.silent_at == 1060.0 + 3600.0
+        now[0] = child.silent_at + 1.0
+        child.look(now[0])
+        assert child.ender is not None
+        child.ender.join()
+        assert ended == [part]
+    finally:
+        part.kill()
+        part.communicate()
 
 
 def test_sighup_lets_a_new_peer_in_and_a_file_with_errors_keeps_the_old_one(node: Node) -> None:
