@@ -11,6 +11,9 @@ import pytest
 
 from tests.e2e.harness import RunningNode
 from tests.factories import pet_series
+from tests.node.line import Line
+from tests.node.test_commitment import prove
+from tests.node.test_delivery import built, deliver, states
 from tests.peers import Orthanc, storescu
 
 pytestmark = [
@@ -77,6 +80,26 @@ def test_orthanc_commits_and_what_it_has_lost_is_sent_again(tmp_path: Path):
         said = "15 of 16 instances committed, 1 not: no such object instance (0x0112)"
         assert any(said in text for text in told), told
         assert any("1 instances are sent again" in text for text in told), told
+
+
+def test_orthanc_is_asked_what_it_holds(tmp_path: Path):
+    """confirm = "find": C-FIND at image level proves the delivery; what Orthanc lost is sent again, alone."""
+    orthanc = Orthanc(tmp_path / "orthanc", settings={"ExecuteLuaEnabled": True, "DicomAlwaysAllowFind": True})
+    toml = (f'[delivery]\nretry_s = 1\n[[peer]]\nname = "ASKED"\nae_title = "ORTHANC"\nhost = "127.0.0.1"\n'
+            f'port = {orthanc.port}\nconfirm = "find"\n')
+    with orthanc, Line(tmp_path / "line", toml=toml) as line:
+        lose_the_first(orthanc)
+        job_id = built(line, send_to=("ASKED",))
+        deliver(line)
+        prove(line)
+        assert "C-FIND finds 3 of 4 instances" in line.ledger.deliveries(job_id)[0]["reason"]
+        line.now += 60
+        prove(line)
+        assert states(line, job_id) == ("sending", ["waiting"])
+        deliver(line)
+        prove(line)
+        assert states(line, job_id) == ("committed", ["committed"])
+        assert "C-FIND finds 4 of 4 instances" in line.ledger.job(job_id)["reason"]
 
 
 def lose_the_first(orthanc: Orthanc) -> None:

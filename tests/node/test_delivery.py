@@ -40,8 +40,8 @@ def built(line: Line, *, send_to: tuple[str, ...] = ("PACS",), slices: int = 4, 
     for number, dataset in enumerate(series):
         dataset.save_as(folder / f"{number}.dcm", enforce_file_format=True)
     line.ledger.claim("w", now=line.now, lease_s=60)
-    assert line.ledger.built(job_id, "w", now=line.now, derived_series_uid=f"2.25.{seed}5", derived_instances=slices,
-                             report={}, derived_path=f"derived/{job_id}")
+    assert line.ledger.built(job_id, "w", now=line.now, derived_instances=slices, report={},
+                             derived_series_uid=str(series[0].SeriesInstanceUID), derived_path=f"derived/{job_id}")
     return job_id
 
 
