@@ -139,12 +139,23 @@ class Alerter:
             if self._notifier is not None:
                 self._notifier.close()
             if clean:
-                set_memo(self._ledger, RUNNING, "")
+                try:
+                    set_memo(self._ledger, RUNNING, "")
+                except sqlite3.Error as error:  # the next start will then report a worker that died: no harm
+                    log.warning("the end of the worker could not be written down", action="end_unwritten",
+                                error=str(error))
 
     # --- what is there
 
     def _started(self, now: float) -> tuple[tuple[float, ...], bool]:
         """The last starts, this one among them, and whether the worker before died."""
+        try:
+            return self._write_start(now)
+        except sqlite3.Error as error:  # a full disk must not keep the one from working who would tell of it
+            log.warning("the start of the worker could not be written down", action="start_unwritten", error=str(error))
+            return (now,), False
+
+    def _write_start(self, now: float) -> tuple[tuple[float, ...], bool]:
         with self._ledger.transaction():
             died = memo(self._ledger, RUNNING) == "yes"
             times = (*(at for at in starts(self._ledger)[-19:] if at <= now + AHEAD_S), now)

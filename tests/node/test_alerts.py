@@ -224,6 +224,22 @@ def test_a_ledger_that_cannot_be_written_is_said_all_the_same(line, monkeypatch)
     assert len(pager.messages) == 1 and "disk is full" in pager.messages[0][1]
 
 
+def test_a_full_disk_at_the_start_does_not_keep_the_alerter_from_telling(line, monkeypatch):
+    """Nothing can be written down, not even that it started; people are told all the same, and it ends without fuss."""
+    pager = Pager()
+
+    def full(*_: object, **__: object) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(line.ledger, "transaction", full)
+    hold = alerter(line, pager)
+    monkeypatch.setattr("dicomnode.alerts.find", lambda *_, **__: [troubles.Trouble("disk", "problem", "full")])
+    with pytest.raises(sqlite3.OperationalError):
+        ticks(hold, line, 1)
+    hold.close()
+    assert "disk is full" in pager.messages[0][1]
+
+
 def test_a_clock_set_back_while_the_node_was_off_is_said(line):
     """As after a power loss with an empty battery."""
     pager = Pager()
@@ -301,7 +317,7 @@ def test_a_tick_that_fails_for_minutes_is_said_and_then_that_it_works_again(line
     assert len(pager.messages) == 2 and "RESOLVED" in pager.messages[1][1] and "Doe" not in str(pager.messages)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(st.sets(st.integers(0, 3)), st.sampled_from([TOLD, TOLD, None, Outcome(failed=(1,))]),
                           st.sampled_from([20.0, 20.0, 700.0, 4000.0, -5000.0])), max_size=25))
 def test_whatever_happens_the_last_thing_that_people_know_is_true(tmp_path_factory, history):
