@@ -117,7 +117,7 @@ class Receiver:
         self._gate = Gate(config, clock=clock)
         self._security = SecurityLog(ledger, clock=clock)
         self._committer = GroupCommitter(spool, ledger)
-        self._desk = Desk(config, spool, ledger.path, self._security, clock=clock)
+        self._desk = Desk(config, spool, ledger.path, self._security, clock=clock, received=self._received)
         self._limits = _limits(config)
         self._tls = None if config.tls.port is None else ServerTls(config.tls, config.peer)
         self._servers: list[tuple[Server, threading.Thread]] = []
@@ -215,6 +215,10 @@ class Receiver:
     def _on_tls_failure(self, address: str, reason: str) -> None:
         self._security.record("security", "tls", f"no TLS connection came about: {reason}", calling_ae="",
                               address=address)
+
+    def _received(self) -> int:
+        """Objects that came over the associations that are open."""
+        return sum(assoc.stored for server, _ in self._servers for assoc in server.associations())
 
     def _on_end(self, assoc: Acceptor) -> None:
         self._gate.leave(id(assoc))

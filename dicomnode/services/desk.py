@@ -68,10 +68,12 @@ class Desk:
     """Answers C-FIND, C-MOVE, C-GET, N-ACTION and N-EVENT-REPORT; `services` is what an Acceptor asks for."""
 
     def __init__(self, config: Config, spool: Spool, ledger_path: Path, security: SecurityLog, *,
-                 clock: Callable[[], float]) -> None:
+                 clock: Callable[[], float], received: Callable[[], int] = lambda: 0) -> None:
+        """`received`: how many objects have come over the associations that are open."""
         self._config, self._spool, self._security, self._clock = config, spool, security, clock
         self._reading, self._writing = Ledger(ledger_path), Ledger(ledger_path)
         self._catalogue = Catalogue(spool, self._reading)
+        self._received = received
         self._slots = threading.BoundedSemaphore(RETRIEVALS)
         _config.STORE_SEND_CHUNKED_DATASET = True  # C-GET sends from the file, a piece at a time
 
@@ -165,7 +167,7 @@ class Desk:
 
         def send(objects: list[StoredObject], tally: moving.Tally, tell: Callable[[], None]) -> str:
             return moving.send_on(self._config, peer, objects, tally, tell=tell,
-                                  stopped=partial(_stopped, assoc, request))
+                                  stopped=partial(_stopped, assoc, request), courtesy=moving.Courtesy(self._received))
 
         self._retrieve(assoc, request, context, query, send)
 
@@ -174,7 +176,7 @@ class Desk:
 
         def send(objects: list[StoredObject], tally: moving.Tally, tell: Callable[[], None]) -> str:
             moving.send_back(assoc, request.MessageID or 0, objects, tally, tell=tell,
-                             stopped=partial(_stopped, assoc, request))
+                             stopped=partial(_stopped, assoc, request), courtesy=moving.Courtesy(self._received))
             return ""
 
         self._retrieve(assoc, request, context, query, send)

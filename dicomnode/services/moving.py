@@ -22,7 +22,7 @@ from dicomnode.errors import PeerUnreachable
 from dicomnode.logs import get_logger
 from dicomnode.services.catalogue import StoredObject
 
-__all__ = ["CANCELLED", "Tally", "send_back", "send_on"]
+__all__ = ["CANCELLED", "Courtesy", "Tally", "send_back", "send_on"]
 
 CANCELLED = 0xFE00  # PS3.4 Table C.4-2: sub-operations terminated by cancel
 COMPLETE_WITH_FAILURES = 0xB000
@@ -91,6 +91,24 @@ class Tally:
         return identifier
 
 
+class Courtesy:
+    """Called after each object that was handed out: waits a moment while objects come in. Reception goes first.
+
+    received  how many objects have come over the associations that are open.
+    """
+
+    def __init__(self, received: Callable[[], int], *, pause_s: float = 0.05, look_s: float = 0.25) -> None:
+        self._received, self._pause_s, self._look_s = received, pause_s, look_s
+        self._count, self._looked_at, self._busy = received(), time.monotonic(), False
+
+    def __call__(self) -> None:
+        if time.monotonic() - self._looked_at >= self._look_s:
+            count = self._received()
+            self._busy, self._count, self._looked_at = count != self._count, count, time.monotonic()
+        if self._busy:
+            time.sleep(self._pause_s)
+
+
 class _Teller:
     """Says how far it is, not too often."""
 
@@ -104,7 +122,7 @@ class _Teller:
 
 
 def send_on(config: Config, peer: Peer, objects: Sequence[StoredObject], tally: Tally, *, tell: Callable[[], None],
-            stopped: Callable[[], bool]) -> str:
+            stopped: Callable[[], bool], courtesy: Callable[[], None] = lambda: None) -> str:
     """The C-STOREs of a C-MOVE: all objects to `peer` over one association; why some were not sent, "" where all were.
 
     A failure is noted when the second attempt has failed too, so that no number in a response ever falls.
@@ -116,6 +134,7 @@ def send_on(config: Config, peer: Peer, objects: Sequence[StoredObject], tally: 
         if answer.stored:
             tally.note(answer.sop_instance_uid, answer.status)
         say()
+        courtesy()
 
     try:
         answers = scu.send(peer, files, calling_ae=config.node.ae_title, on_answer=on_answer, stopped=stopped,
@@ -130,7 +149,8 @@ def send_on(config: Config, peer: Peer, objects: Sequence[StoredObject], tally: 
 
 
 def send_back(assoc: Association, message_id: int, objects: Sequence[StoredObject], tally: Tally, *,
-              tell: Callable[[], None], stopped: Callable[[], bool]) -> None:
+              tell: Callable[[], None], stopped: Callable[[], bool],
+              courtesy: Callable[[], None] = lambda: None) -> None:
     """The C-STOREs of a C-GET, on its own association; needs pynetdicom to be paused and to send files in pieces."""
     say = _Teller(tell)
     _present(objects, tally)
@@ -142,6 +162,7 @@ def send_back(assoc: Association, message_id: int, objects: Sequence[StoredObjec
             continue
         tally.note(stored.sop_instance_uid, _store(assoc, stored, (message_id + number) % 65535 + 1))
         say()
+        courtesy()
 
 
 def _present(objects: Sequence[StoredObject], tally: Tally) -> list[Path]:

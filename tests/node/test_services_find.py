@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydicom.dataset import Dataset
 
 from dicomnode.services.findscp import BadQuery, answer, matches, matches_value, read_query
+from dicomnode.services.moving import CANCELLED, Courtesy, Tally
 
 PATIENT = {"PatientName": ("Müller^Anna",), "PatientID": ("P-1",), "StudyInstanceUID": ("1.2",),
            "StudyDate": ("20240117",), "StudyTime": ("101530.25",), "ModalitiesInStudy": ("CT", "PT"),
@@ -104,3 +107,31 @@ def test_keys_that_are_not_known_are_told_of():
     """They are ignored, and the pending status says so (0xFF01)."""
     query = read_query(identifier(StudyID="1", ImplantName="x", NumberOfSeriesRelatedInstances=""), patient_root=False)
     assert set(query.unsupported) == {"ImplantName", "NumberOfSeriesRelatedInstances"} and "StudyID" in query.keys
+
+
+def test_retrievals_step_back_while_objects_come_in():
+    """Reception goes first: a pause after each object handed out, and none when nothing comes."""
+    received = iter([0, 5, 9, 9])
+    courtesy = Courtesy(lambda: next(received), pause_s=0.02, look_s=0.0)
+    waits = []
+    for _ in range(3):
+        began = time.monotonic()
+        courtesy()
+        waits.append(time.monotonic() - began >= 0.02)
+    assert waits == [True, True, False]
+
+
+def test_numbers_of_a_retrieval_add_up():
+    """Completed, failed, warning and remaining are always all of them; the verdict follows (PS3.4 Table C.4-2)."""
+    tally = Tally(["1.1", "1.2", "1.3", "1.4"])
+    assert tally.remaining == 4 and tally.verdict(cancelled=True) == CANCELLED
+    for uid, status in (("1.1", 0x0000), ("1.2", 0xB007), ("1.3", 0xA700)):
+        tally.note(uid, status)
+    assert (tally.remaining, tally.completed, tally.warning, tally.failed_uids) == (1, 1, 1, ["1.3"])
+    tally.fail_rest()
+    assert tally.remaining == 0 and tally.verdict(cancelled=False) == 0xB000
+    many = Tally([f"1.2.{number:060d}" for number in range(3000)])
+    many.fail_rest()
+    failures = many.failures()
+    assert many.verdict(cancelled=False) == 0xA702 and failures is not None
+    assert len("\\".join(failures.FailedSOPInstanceUIDList)) < 65_536 and len(many.failed_uids) == 3000
