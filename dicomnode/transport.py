@@ -410,7 +410,10 @@ class Acceptor(Association):
         """Abort, and end the connection whether or not the peer reads."""
         self.is_aborted = True
         self.abort(block=False)
-        self.dul.join(_ABORT_S)  # it may be reading from a peer that sends a byte a minute
+        until = self._monotonic() + _ABORT_S  # not longer: it may be reading from a peer that sends a byte a minute
+        while self.dul.is_alive() and self.dul.state_machine.current_state != "Sta1" and self._monotonic() < until:
+            self._stirred.wait(0.02)
+            self._stirred.clear()
         self.abort_connection()
         self.kill()
 
