@@ -140,20 +140,21 @@ def _studies(ledger: Ledger) -> Iterator[Trouble]:
                       f"{_modality(row['modality'])} series held ({row['code']}): {_named(row)}. "
                       f"Remedy: dicomnode show {row['study_uid']}")
     held = ("SELECT job.*, series.accession_number FROM job JOIN series USING (series_uid) "
-            "WHERE job.state = 'held' AND job.code NOT IN ('operator', 'delivery') ORDER BY job.id")
+            "WHERE job.state = 'held' AND job.code NOT IN ('operator', 'delivery', 'commitment') ORDER BY job.id")
     for row in ledger.query(held):
         yield Trouble(f"job:{row['id']}:{row['code']}", "problem",
                       f"job {row['id']} held ({row['code']}): {_named(row)}. Remedy: dicomnode show {row['study_uid']}")
 
 
 def _deliveries(ledger: Ledger, now: float) -> Iterator[Trouble]:
-    dead = ("SELECT delivery.id, delivery.peer, job.id AS job_id, job.study_uid, job.series_uid, "
+    dead = ("SELECT delivery.id, delivery.peer, delivery.proofs, job.id AS job_id, job.study_uid, job.series_uid, "
             "series.accession_number FROM delivery JOIN job ON job.id = delivery.job_id JOIN series USING (series_uid) "
             "WHERE delivery.state = 'dead' AND (job.state IN ('built', 'sending', 'delivered') "
             "OR (job.state = 'held' AND job.code != 'operator')) ORDER BY delivery.id")
     for row in ledger.query(dead):
-        yield Trouble(f"delivery:{row['id']}", "problem", f"delivery of job {row['job_id']} to {row['peer']} was given "
-                      f"up: {_named(row)}. Remedy: dicomnode retry job:{row['job_id']}")
+        what = "was sent and is not confirmed" if row["proofs"] else "was given up"
+        yield Trouble(f"delivery:{row['id']}", "problem", f"delivery of job {row['job_id']} to {row['peer']} {what}: "
+                      f"{_named(row)}. Remedy: dicomnode show {row['study_uid']}")
     waiting = ("SELECT delivery.peer, count(*) AS n, min(delivery.created_at) AS since FROM delivery "
                "JOIN job ON job.id = delivery.job_id WHERE delivery.state = 'waiting' AND delivery.attempts > 0 "
                "AND job.state IN ('built', 'sending') AND delivery.created_at < ? GROUP BY delivery.peer")

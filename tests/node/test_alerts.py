@@ -385,7 +385,11 @@ def test_a_held_job_is_named_by_its_code_and_a_dead_delivery_by_its_peer(line):
     line.now += 2 * HOUR
     assert list(found(line)) == ["peer:PACS"]
     line.ledger.set_delivery(delivery, "dead", now=line.now, reason="no answer")
-    assert list(found(line)) == [f"delivery:{delivery}"] and "to PACS" in found(line)[f"delivery:{delivery}"].text
+    assert list(found(line)) == [f"delivery:{delivery}"]
+    assert "to PACS was given up" in found(line)[f"delivery:{delivery}"].text
+    line.ledger.query("UPDATE delivery SET proofs = 3")
+    line.ledger.query("UPDATE job SET code = 'commitment'")
+    assert "to PACS was sent and is not confirmed" in found(line)[f"delivery:{delivery}"].text and len(found(line)) == 1
 
 
 @pytest.mark.parametrize(("machine", "key", "level"), [
