@@ -8,6 +8,7 @@ other, and one bad series delays none of its peer's. The states are in `dicomnod
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from datetime import date, datetime, timedelta
 from typing import Any
 from zoneinfo import ZoneInfo
 
+from pydicom.dataset import Dataset
 from pynetdicom.association import Association
 
 from dicomnode import digest, query, reconcile
@@ -53,6 +55,7 @@ class Nightly:
         self._threads: dict[str, threading.Thread] = {}
         self._open: dict[str, Association] = {}
         self._not_before: dict[str, tuple[float, int]] = {}  # peer -> when it is tried again, failures so far
+        self._spoilt: dict[str, tuple[float, int]] = {}  # peer -> when the whole query is asked again, times so far
 
     def tick(self) -> None:
         """Start a thread for every peer that has something due and none running; write the report when it is time."""
@@ -98,24 +101,28 @@ class Nightly:
 
     def _ready(self, peer: Peer) -> bool:
         """Whether the pause after a failure is over; a clock that was set back does not prolong it."""
-        again = self._not_before.get(peer.name, (0.0, 0))[0]
-        return not self._clock() < again <= self._clock() + RETRY_MAX_S
+        return self._over(self._not_before.get(peer.name))
+
+    def _over(self, pause: tuple[float, int] | None) -> bool:
+        return pause is None or not self._clock() < pause[0] <= self._clock() + RETRY_MAX_S
 
     def _day(self, peer: Peer) -> str | None:
         """The day whose query is due; also when the node was off at its time."""
-        if self._config.schedule.retrieve_at is None:
+        if self._config.schedule.retrieve_at is None or not self._over(self._spoilt.get(peer.name)):
             return None
         return digest.due(memo(self._ledger, _day_key(peer)), now=self._clock(), zone=self._zone,
                           at=self._config.schedule.retrieve_at)
 
-    def _failed(self, peer: Peer, problem: str) -> int:
-        """The peer is left alone for a while, longer each time; how often it failed."""
+    def _failed(self, peer: Peer, problem: str) -> None:
+        """The peer is left alone for a while, longer each time."""
         failures = self._not_before.get(peer.name, (0.0, 0))[1] + 1
         self._not_before[peer.name] = (self._clock() + _pause(failures), failures)
+        self._say(peer, problem)
+
+    def _say(self, peer: Peer, problem: str) -> None:
         if memo(self._ledger, reconcile.problem_key(peer.name)) != problem:
             self._note(peer, "failed", problem)
             log.warning("a source cannot be asked now", action="source_failed", peer=peer.name, reason=problem)
-        return failures
 
     def _note(self, peer: Peer, state: str, problem: str) -> None:
         with self._ledger.transaction():
@@ -138,7 +145,10 @@ class Nightly:
                 self._failed(peer, str(error))
             return
         problem = f"{len(spoilt)} of {asked} studies could not be asked for: {spoilt[0]}" if spoilt else ""
-        if problem and self._failed(peer, problem) < FULL_ATTEMPTS:
+        times = self._spoilt.pop(peer.name, (0.0, 0))[1] + 1
+        if problem and times < FULL_ATTEMPTS:  # what could be asked for is fetched meanwhile
+            self._spoilt[peer.name] = (self._clock() + _pause(times), times)
+            self._say(peer, problem)
             return
         self._not_before.pop(peer.name, None)
         with self._ledger.transaction():
@@ -162,6 +172,12 @@ class Nightly:
                     if self._stop.is_set() or in_a_row >= DROPPED:
                         raise
                     spoilt.append(f"{study.accession_number or study.study_uid}: {error}")
+                except sqlite3.Error:
+                    raise
+                except Exception as error:  # an answer that trips a bug must not cost the other studies
+                    log.exception("a study of a source cannot be judged", action="source_study_error", peer=peer.name,
+                                  study=study.study_uid)
+                    spoilt.append(f"{study.accession_number or study.study_uid}: {type(error).__name__}: {error}")
         return spoilt, len(studies)
 
     def _ask_study(self, asking: Asking, study: StudyFound) -> None:
@@ -182,8 +198,10 @@ class Nightly:
                                                          else "no PET of its study is to be fetched"))
 
     def _judge(self, peer: Peer, series: SeriesFound) -> Verdict:
+        named = Dataset()  # the UID alone: the answer may hold anything
+        named.SeriesInstanceUID = series.series_uid
         job = self._ledger.job_of_derived(series.series_uid)
-        if job is not None or is_own_output(series.header, self._config.node.uid_root):
+        if job is not None or is_own_output(named, self._config.node.uid_root):
             return Verdict(False, "own derived series")
         verdict = judge(series.header, self._config.route, calling_ae=peer.ae_title)
         here = self._series(series.series_uid)
@@ -218,22 +236,23 @@ class Nightly:
             if self._stop.is_set():
                 return
             try:
-                self._fetch_one(peer, row)
+                spoken = self._fetch_one(peer, row)
             except PeerUnreachable as error:
                 self._failed(peer, str(error))
                 return
-            self._not_before.pop(peer.name, None)
+            if spoken and self._not_before.pop(peer.name, None) is not None:
+                self._note(peer, "reached", "")
 
-    def _fetch_one(self, peer: Peer, row: dict[str, Any]) -> None:
-        """One attempt at one series. Raises PeerUnreachable where no association comes about."""
+    def _fetch_one(self, peer: Peer, row: dict[str, Any]) -> bool:
+        """One attempt at one series; whether the peer was spoken to. Raises PeerUnreachable where it cannot be."""
         uid, wanted = row["series_uid"], max(1, row["instances"] or 1)
         if self._arrived(row, "as many instances are here as the source says"):
-            return
+            return False
         if row["state"] == "retrieving":
             here = self._sources.here(uid)
             self._again(row, f"{row['reason']}; {here} of {wanted} instances are here. Remedy: does {row['source']} "
                         f"send to our AE title {self._config.node.ae_title} at this node's address and port?")
-            return
+            return False
         attempts, opened = row["attempts"] + 1, False
 
         def on_open(association: Association) -> None:
@@ -258,6 +277,7 @@ class Nightly:
                                   reason=done.said(peer.retrieve))
         finally:
             self._open.pop(peer.name, None)
+        return True
 
     def _arrived(self, row: dict[str, Any], reason: str) -> bool:
         whole = self._sources.here(row["series_uid"]) >= max(1, row["instances"] or 1)

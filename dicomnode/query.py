@@ -1,12 +1,13 @@
 """Query/Retrieve SCU, Study Root (PS3.4 Annex C): ask a peer what it holds, and have it sent.
 
 C-FIND at study, series and image level; C-MOVE to an AE title that the peer knows; C-GET over the same association,
-where the caller keeps what comes. Answers are taken as they are: doubled ones count once, those without a UID are
+where the caller keeps what comes. Answers are taken as they are: doubled ones count once, those without a valid UID are
 skipped and counted, an absent count is None and never 0.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import date, timedelta
@@ -22,6 +23,7 @@ from dicomnode.errors import PeerRefused, PeerUnreachable, RefusedInput
 from dicomnode.headers import integer, text, values
 from dicomnode.logs import get_logger
 from dicomnode.scu import leave, named, open_association
+from dicomnode.spool import valid_uid
 
 __all__ = ["MAX_ANSWERS", "Asking", "Retrieved", "SeriesFound", "StudyFound", "Times", "date_range", "days_of",
            "retrieve"]
@@ -31,6 +33,7 @@ MOVE = "1.2.840.10008.5.1.4.1.2.2.2"
 GET = "1.2.840.10008.5.1.4.1.2.2.3"
 
 MAX_ANSWERS = 10_000
+MOST_INSTANCES = 10**9  # a count beyond is none
 RETRIEVE_TIMEOUT_S = 600.0  # between two answers of a retrieval: an archive may fetch from a slow store first
 GET_PDU = 131072
 PENDING = (0xFF00, 0xFF01)
@@ -80,6 +83,13 @@ class StudyFound:
     accession_number: str
     modalities: tuple[str, ...]
 
+    @classmethod
+    def of(cls, answer: Dataset) -> StudyFound:
+        """What an answer at study level says; nothing in it is trusted to be what its VR promises."""
+        return cls(text(answer, "StudyInstanceUID"), _plain(text(answer, "StudyDate"), 26),
+                   _plain(text(answer, "AccessionNumber"), 64),
+                   tuple(_plain(value, 16) for value in values(answer, "ModalitiesInStudy")))
+
 
 @dataclass(frozen=True)
 class SeriesFound:
@@ -93,6 +103,13 @@ class SeriesFound:
     modality: str
     instances: int | None
     header: Dataset = field(compare=False, repr=False)
+
+    @classmethod
+    def of(cls, study_uid: str, answer: Dataset) -> SeriesFound:
+        """What an answer at series level says of a series of that study."""
+        count = integer(answer, "NumberOfSeriesRelatedInstances")
+        return cls(study_uid, text(answer, "SeriesInstanceUID"), _plain(text(answer, "Modality"), 16),
+                   count if count is not None and 0 <= count <= MOST_INSTANCES else None, answer)
 
 
 @dataclass(frozen=True)
@@ -155,7 +172,7 @@ class Asking:
         self.peer, self._times, self._limit, self._stopped = peer, times, limit, stopped
         self._association: Association | None = None
         self._message = 0
-        self.skipped = 0  # answers without a UID, over all questions
+        self.skipped = 0  # answers without a valid UID, over all questions
 
     def __enter__(self) -> Asking:
         return self
@@ -175,8 +192,7 @@ class Asking:
                      ModalitiesInStudy=modality)
         found: dict[str, StudyFound] = {}
         for answer in self._answers(keys, "StudyInstanceUID"):
-            study = StudyFound(text(answer, "StudyInstanceUID"), text(answer, "StudyDate"),
-                               text(answer, "AccessionNumber"), values(answer, "ModalitiesInStudy"))
+            study = StudyFound.of(answer)
             if not modality or not study.modalities or modality in study.modalities:
                 found.setdefault(study.study_uid, study)
         return list(found.values())
@@ -193,9 +209,7 @@ class Asking:
                 setattr(keys, keyword, None)
         found: dict[str, SeriesFound] = {}
         for answer in self._answers(keys, "SeriesInstanceUID"):
-            count = integer(answer, "NumberOfSeriesRelatedInstances")
-            one = SeriesFound(study_uid, text(answer, "SeriesInstanceUID"), text(answer, "Modality"),
-                              count if count is not None and count >= 0 else None, answer)
+            one = SeriesFound.of(study_uid, answer)
             if series_uid in ("", one.series_uid):
                 found.setdefault(one.series_uid, one)
         return list(found.values())
@@ -235,9 +249,9 @@ class Asking:
                 if status.Status == 0x0000:
                     break
                 raise PeerRefused(_failure(self.peer, "C-FIND", status, self._times.calling_ae))
-            if answer is None or not text(answer, unique):
+            if answer is None or not valid_uid(text(answer, unique)):
                 self.skipped += 1
-                log.warning("an answer to a query holds no UID and is skipped", action="answer_skipped",
+                log.warning("an answer to a query holds no valid UID and is skipped", action="answer_skipped",
                             peer=self.peer.name, missing=unique)
                 continue
             given += 1
@@ -330,6 +344,11 @@ def _keys(level: str, **keys: Any) -> Dataset:
     for keyword, value in keys.items():
         setattr(identifier, keyword, value)
     return identifier
+
+
+def _plain(value: str, length: int) -> str:
+    """Text that any file, log or terminal takes: no control characters, no half characters, not endless."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", "", value).strip()[:length]
 
 
 def _get_contexts() -> list[PresentationContext]:

@@ -168,9 +168,14 @@ def test_a_source_that_dies_in_the_middle_is_gone_on_with(site: Site, source: So
     nightly = site.nightly()
     nightly.serve(site.peer)
     assert states(site)[CT_UID] == ("seen", 1)
+    source.stop()
     site.now += 61
     nightly.serve(site.peer)
-    assert site.here() == uids([*PET, *CT])
+    assert "does not answer" in memo(site.ledger, "source.problem:PACS")
+    source.start()
+    site.now += 61
+    nightly.serve(site.peer)
+    assert site.here() == uids([*PET, *CT]) and memo(site.ledger, "source.problem:PACS") == ""
 
 
 def test_one_bad_study_never_stops_the_rest(site: Site, source: SourcePeer) -> None:
@@ -183,10 +188,28 @@ def test_one_bad_study_never_stops_the_rest(site: Site, source: SourcePeer) -> N
     nightly = site.nightly()
     nightly.serve(site.peer)
     assert "1 of 2 studies could not be asked for: A1" in memo(site.ledger, "source.problem:PACS")
+    assert site.here() == uids(PET)
     source.answers = lambda _, found: found
     site.now += 61
     nightly.serve(site.peer)
     assert site.here() == uids([*other, *PET]) and memo(site.ledger, "source.problem:PACS") == ""
+
+
+def test_an_answer_that_trips_a_bug_never_stops_the_rest(
+        site: Site, source: SourcePeer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One study of two cannot be judged: it is named, the other comes."""
+    other = pet_series(seed=1, AccessionNumber="A1")
+    source.datasets = [*other, *PET]
+
+    def trips(header: Dataset, *arguments: Any, **options: Any) -> Any:
+        if header.SeriesInstanceUID == other[0].SeriesInstanceUID:
+            raise RuntimeError("odd")
+        return judge(header, *arguments, **options)
+
+    monkeypatch.setattr("dicomnode.nightly.judge", trips)
+    nightly = site.nightly()
+    nightly.serve(site.peer)
+    assert "A1: RuntimeError: odd" in memo(site.ledger, "source.problem:PACS") and site.here() == uids(PET)
 
 
 def test_one_bad_series_never_stops_the_rest_and_is_given_up(site: Site, source: SourcePeer) -> None:

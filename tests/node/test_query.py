@@ -11,6 +11,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pydicom.dataset import Dataset
 from pydicom.uid import generate_uid
 from pynetdicom.dimse_primitives import C_STORE
@@ -19,8 +21,9 @@ from dicomnode.errors import NodeError, PeerRefused, PeerUnreachable
 from dicomnode.fetching import Fetch, fetch
 from dicomnode.groupcommit import GroupCommitter
 from dicomnode.keeping import Keeper
-from dicomnode.query import Asking, retrieve
+from dicomnode.query import Asking, SeriesFound, StudyFound, retrieve
 from tests.factories import ct_series, pet_series
+from tests.node.matching_factories import mutate
 from tests.node.source_peer import TIMES, Site, SourcePeer, soon, uids
 from tests.peers import encoded, free_port
 
@@ -70,6 +73,22 @@ def test_doubled_answers_count_once_and_answers_without_a_uid_are_skipped() -> N
     with SourcePeer(pet_series(), answers=spoilt) as source, Asking(source.peer(), TIMES) as asking:
         assert [study.study_uid for study in asking.studies()] == [STUDY]
         assert asking.skipped == 2
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@given(garbage=st.dictionaries(st.sampled_from([
+    "StudyInstanceUID", "SeriesInstanceUID", "StudyDate", "AccessionNumber", "Modality", "ModalitiesInStudy",
+    "NumberOfSeriesRelatedInstances", "SpecificCharacterSet"]), st.binary(max_size=40)))
+def test_garbage_in_an_answer_is_read_as_what_can_be_kept(garbage: dict[str, bytes]) -> None:
+    """Any bytes: no exception, and text and counts that the ledger and a terminal take."""
+    answer = Dataset()
+    for keyword, raw in garbage.items():
+        mutate(answer, keyword, raw)
+    study, series = StudyFound.of(answer), SeriesFound.of("1.2", answer)
+    for value in (study.study_date, study.accession_number, *study.modalities, series.modality):
+        assert not any(ord(character) < 32 for character in value)
+        assert value.encode().decode() == value and len(value) <= 64
+    assert series.instances is None or 0 <= series.instances < 2**63
 
 
 def test_an_accession_number_beyond_ascii_goes_there_and_back() -> None:
