@@ -237,8 +237,8 @@ _MEASURED = f"""
 SELECT method, preset, json_extract(report, '$.device') AS device, built_at - started_at AS seconds, {_SIZE}
   FROM job
  WHERE built_at IS NOT NULL AND started_at IS NOT NULL AND built_at > started_at AND report IS NOT NULL
-   AND NOT EXISTS (SELECT 1 FROM event WHERE event.series_uid = job.series_uid AND event.job_id = job.id
-                   AND event.code IN ('stopped', 'worker-lost', 'attempt', 'lease'))
+   AND (SELECT count(*) FROM event WHERE event.series_uid = job.series_uid AND event.job_id = job.id
+        AND event.to_state = 'running') < 2
  ORDER BY job.id DESC LIMIT {5 * RECENT}"""  # a job that went on from a checkpoint took longer than its last run
 _WAITING = f"""
 SELECT id AS job, route, method, preset, run_after, urgent, {_SIZE} FROM job WHERE state IN ('queued', 'failed')
