@@ -171,7 +171,7 @@ def _send(port: int, parts: Sequence[bytes], secure: ssl.SSLContext | None = Non
         try:
             for number, part in enumerate(parts):
                 if number:
-                    select.select([connection], [], [], 0.3)
+                    select.select([connection], [], [], 1.0)
                 connection.sendall(part)
             socket.socket.shutdown(connection, socket.SHUT_WR)  # TLS goes on reading
             while piece := connection.recv(65536):
