@@ -300,10 +300,10 @@ def retrieve(peer: Peer, times: Times, *, study_uid: str, series_uid: str = "", 
         connect_timeout_s=times.connect_timeout_s, dimse_timeout_s=max(times.dimse_timeout_s, timeout_s),
         evt_handlers=[(evt.EVT_C_STORE, keep)] if keep else [], max_pdu=GET_PDU,
         ext_neg=[build_role(uid, scp_role=True) for uid in (*IMAGES, *OTHERS)] if keep else [])
-    on_open(association)
     what = "C-GET" if keep else "C-MOVE"
     done = Retrieved(0, 0, 0, 0)
     try:
+        on_open(association)
         for status, _ in _talk(association, peer, what, lambda: (
                 association.send_c_get(keys, GET) if keep else association.send_c_move(keys, times.calling_ae, MOVE))):
             completed, failed, warning = (int(status.get(f"NumberOf{kind}Suboperations") or 0)

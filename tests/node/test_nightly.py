@@ -369,7 +369,8 @@ def test_where_the_source_has_more_it_is_fetched(counting: tuple[Site, Matcher])
     site.now += 31
     assert look(site, matcher, lambda: series(site)["code"] == "peer-count")
     assert "6 instances here, 8 at the source" in series(site)["reason"]
-    site.nightly().serve(site.peer)
+    assert site.rows()[PET_UID]["state"] == "seen"
+    site.nightly()._fetch(site.peer)  # no nightly query: the count alone asks for it
     assert len(site.ledger.instances(PET_UID)) == 8
     site.now += 31
     assert look(site, matcher, lambda: series(site)["state"] == "matched")
