@@ -20,9 +20,18 @@ from sop.series import Slice
 
 __all__ = ["slices_of"]
 
+MAX_FRAMES = 65_536
+
 
 def slices_of(header: Dataset, path: Path | None) -> list[Slice]:
-    """One Slice per frame, in frame order, each with a classic-equivalent header."""
+    """One Slice per frame, in frame order, each with a classic-equivalent header.
+
+    Raises Refused "too-large" where more frames are promised than any object has, before one is made of each.
+    """
+    frames = integer(header, "NumberOfFrames", default=1)
+    if not 0 < frames <= MAX_FRAMES:
+        raise Refused("too-large", f"NumberOfFrames is {frames}, and 1 to {MAX_FRAMES} can be handled",
+                      "send the instance again from the scanner or the PACS")
     if text(header, "SOPClassUID") == uid.NuclearMedicineImageStorage:
         return _nm_slices(header, path)
     return enhanced_slices(header, path)

@@ -29,7 +29,7 @@ from sop import pixels
 from sop.codestream import declared_pixels
 from sop.errors import Refused
 from sop.read import read_series
-from tests.factories import ct_series
+from tests.factories import ct_series, nm_tomo
 from tests.node.test_reception_faults import ECHO_REQUEST
 from tests.peers import ReceiverProcess, associate, echoscu, encoded, wait_until
 
@@ -174,6 +174,16 @@ def test_a_header_that_promises_more_pixels_than_any_object_has_is_refused(tmp_p
     with pytest.raises(Refused) as refused:
         read_series([tmp_path / "ct.dcm"])
     assert refused.value.code in {"too-large", "pixel-format"}
+
+
+@pytest.mark.parametrize("frames", [2**31, 0, -5])
+def test_frames_that_nobody_can_hold_are_refused_before_a_slice_is_made_of_each(tmp_path: Path, frames: int):
+    """NumberOfFrames of a multi-frame object is believed only as far as an object may go."""
+    nm_tomo(NumberOfFrames=str(frames), NumberOfSlices=None, SliceVector=None).save_as(
+        tmp_path / "nm.dcm", enforce_file_format=True)
+    with pytest.raises(Refused, match="NumberOfFrames is") as refused:
+        read_series([tmp_path / "nm.dcm"])
+    assert refused.value.code == "too-large"
 
 
 # --- who stays
