@@ -219,8 +219,8 @@ class Peer(Section):
 
     @model_validator(mode="after")
     def _web(self) -> Peer:
-        if self.stow_url is not None and not re.match(r"https?://[^/@\s]+(/[^?#\s]*)?$", self.stow_url):
-            raise ValueError("stow_url must be the http or https address of DICOMweb services, without a password")
+        if self.stow_url is not None and not re.match(r"https?://[^/\s]+(/[^?#\s]*)?$", self.stow_url):
+            raise ValueError("stow_url must be the http or https address of DICOMweb services")
         if self.stow_token_file is not None and self.stow_url is None:
             raise ValueError("stow_token_file needs stow_url")
         return self

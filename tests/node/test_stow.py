@@ -302,7 +302,7 @@ def test_without_the_extra_the_reason_is_said(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize(("text", "why"), [
-    ('stow_url = "pacs/dicom-web"', "http or https"), ('stow_url = "https://me:secret@pacs/"', "without a password"),
+    ('stow_url = "pacs/dicom-web"', "http or https"), ('stow_url = "https://me:secret@pacs/"', "name and password"),
     ('stow_token_file = "token"', "needs stow_url"), ('stow_url = "https://pacs/"\nconfirm = "commitment"', "no port")])
 def test_an_address_that_cannot_serve_is_refused_at_the_start(text: str, why: str) -> None:
     """Not at the first delivery; a password is not shown again."""
