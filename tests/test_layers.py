@@ -38,6 +38,9 @@ FORBIDDEN = {
     "dicomnode/scu.py": ("torch", "deconv", "sop", "dicomnode.ledger", "dicomnode.pipeline"),
     "dicomnode/query.py": ("torch", "deconv", "sop", "dicomnode.ledger", "dicomnode.pipeline"),
     "dicomnode/wanted.py": ("torch", "pynetdicom", "dicomnode.ledger", "dicomnode.config", "time", "socket"),
+    # what runs beside strangers' jobs on a cluster, and what speaks with it, knows voxels and nothing of DICOM
+    **dict.fromkeys(("dicomnode/remote.py", "dicomnode/daskclient.py"),
+                    ("pydicom", "pynetdicom", "sop", "dicomnode.ledger", "dicomnode.spool", "dicomnode.config")),
     "dicomnode/pipeline.py": ("pynetdicom", "dicomnode.ledger", "dicomnode.config", "dicomnode.cli"),
 }
 NOBODY_IMPORTS = "dicomnode.cli"  # but __main__ and itself

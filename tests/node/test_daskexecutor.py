@@ -185,7 +185,7 @@ def test_a_killed_worker_costs_time_only_and_the_series_is_the_local_one_bit_for
         killed: list[subprocess.Popen] = []
 
         def kill() -> None:
-            wait_until("the job to compute", lambda: computing(far, job_id), timeout_s=30)
+            wait_until("the job to compute", lambda: computing(far, job_id), timeout_s=90)
             killed.extend(busy(site))
             killed[0].kill()
 
@@ -263,7 +263,7 @@ def test_what_is_given_up_here_ends_on_the_worker_too(site: Site) -> None:
 
     with pytest.raises(Cancelled):
         ask(site, "given-up", give_up, overrides=ENDLESS)
-    wait_until("the workers to be idle", lambda: not busy(site), timeout_s=15)
+    wait_until("the workers to be idle", lambda: not busy(site), timeout_s=45)
 
 
 @pytest.mark.slow
@@ -273,7 +273,7 @@ def test_a_node_that_stops_puts_the_job_back_and_frees_the_worker(tmp_path: Path
         job_id, stop = queued(line, settings=ENDLESS), threading.Event()
 
         def halt() -> None:
-            wait_until("the job to compute", lambda: computing(line, job_id), timeout_s=30)
+            wait_until("the job to compute", lambda: computing(line, job_id), timeout_s=90)
             stop.set()
 
         halter = threading.Thread(target=halt)
@@ -281,7 +281,7 @@ def test_a_node_that_stops_puts_the_job_back_and_frees_the_worker(tmp_path: Path
         job = attempt(line, on_cluster(line, site), stop)
         halter.join()
         assert (job["state"], job["code"], job["attempts"]) == ("queued", "stopped", 0)
-    wait_until("the workers to be idle", lambda: not busy(site), timeout_s=15)
+    wait_until("the workers to be idle", lambda: not busy(site), timeout_s=45)
 
 
 @pytest.mark.slow
@@ -290,9 +290,9 @@ def test_a_node_that_is_killed_leaves_no_computation_behind(site: Site) -> None:
     program = ("import sys; sys.path.insert(0, '.')\nfrom tests.node.test_daskexecutor import *\n"
                f"import types\nask(types.SimpleNamespace(address={site.address!r}), 'killed', overrides=ENDLESS)")
     with subprocess.Popen([sys.executable, "-c", program], cwd=REPOSITORY, env=ENVIRONMENT) as asking:
-        wait_until("a worker to compute", lambda: busy(site), timeout_s=30)
+        wait_until("a worker to compute", lambda: busy(site), timeout_s=90)
         asking.kill()
-    wait_until("the workers to be idle", lambda: not busy(site), timeout_s=15)
+    wait_until("the workers to be idle", lambda: not busy(site), timeout_s=45)
 
 
 # --- what the cluster cannot do
@@ -380,7 +380,7 @@ def test_a_scheduler_that_goes_in_the_middle_puts_the_job_back(tmp_path: Path) -
             job_id = queued(line, settings=ENDLESS)
 
             def kill() -> None:
-                wait_until("the job to compute", lambda: computing(line, job_id), timeout_s=30)
+                wait_until("the job to compute", lambda: computing(line, job_id), timeout_s=90)
                 own.scheduler.kill()
 
             killer = threading.Thread(target=kill)
@@ -389,7 +389,7 @@ def test_a_scheduler_that_goes_in_the_middle_puts_the_job_back(tmp_path: Path) -
             killer.join()
             assert (job["state"], job["attempts"]) == ("queued", 0)
             assert job["code"] in (ClusterUnavailable.code, WorkerLost.code)
-        wait_until("the worker to be idle", lambda: not busy(own), timeout_s=15)
+        wait_until("the worker to be idle", lambda: not busy(own), timeout_s=45)
     finally:
         own.close()
 
@@ -424,7 +424,7 @@ def test_a_whole_node_waits_for_its_cluster_and_builds_when_it_comes(tmp_path: P
         node = threading.Thread(target=work, args=(line.config,), kwargs={"stop": stop, "ready": lambda: None})
         node.start()
         try:
-            wait_until("the reason", lambda: line.ledger.job(job_id)["code"] == WAITS, timeout_s=30)
+            wait_until("the reason", lambda: line.ledger.job(job_id)["code"] == WAITS, timeout_s=90)
             assert "does not answer" in line.ledger.job(job_id)["reason"]
             site = Site(tmp_path, port=port)
             site.worker("--resources", "CPU=1")
@@ -455,7 +455,7 @@ def test_everything_goes_by_tls_and_nobody_without_a_certificate_gets_in(tmp_pat
         program = ("import sys, types; sys.path.insert(0, '.')\nfrom tests.node.test_daskexecutor import ask\n"
                    f"made = ask(types.SimpleNamespace(address={site.address!r}), 'tls', method='nearest')\n"
                    "print(made.result.image.shape)")
-        wait_until("the scheduler", lambda: not unreachable(site.address), timeout_s=30)
+        wait_until("the scheduler", lambda: not unreachable(site.address), timeout_s=90)
         runs = [subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, env=environment, capture_output=True,
                                text=True, timeout=90) for environment in (site.environment, ENVIRONMENT)]
     finally:
