@@ -283,7 +283,7 @@ def _decoded(received: BytesIO | None, context: PresentationContext) -> Dataset:
         for element in found.iterall():  # whatever cannot be read is found here
             element.value  # noqa: B018
         return found
-    except UNREADABLE as error:
+    except (OSError, *UNREADABLE) as error:  # OSError: pydicom, where the bytes end within an element
         raise CannotUnderstand("the data set of the request cannot be read") from error
 
 

@@ -145,7 +145,9 @@ def test_bytes_that_were_only_put_aside_are_not_committed_to(line):
 
 @pytest.fixture(scope="module")
 def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ReceiverProcess]:
-    with ReceiverProcess(tmp_path_factory.mktemp("commit"), peers=peers()) as receiver:
+    archive = ('[[peer]]\nname = "ARCHIVE"\nae_title = "ARCHIVE"\nhost = "127.0.0.1"\nport = 1\nmay_send = false\n'
+               'confirm = "commitment"\n')
+    with ReceiverProcess(tmp_path_factory.mktemp("commit"), peers=peers(extra=archive)) as receiver:
         send(receiver, ct_series(slices=3))
         yield receiver
 
@@ -218,17 +220,19 @@ def test_the_same_transaction_is_answered_again_but_not_for_other_objects(node):
 
 
 def test_a_request_beyond_the_limit_is_refused_not_swallowed(node):
-    """30,000 references are more than is kept in memory: an answer, and the association goes on."""
+    """22,000 references are more than is kept in memory: an answer, and the association goes on."""
     assoc, status = requested(node, action("1.2.57", [(CT, f"1.2.3.{number:050d}"[:60].replace(".0", ".1"))
-                                                      for number in range(30_000)]))
+                                                      for number in range(22_000)]))
     assert status == 0x0110 and node.memory_mb() < 150
     assoc.release()
     assert assoc.is_released
 
 
-def test_a_report_on_what_we_never_asked_is_refused(node):
-    """N-EVENT-REPORT from a peer in the SCP role: accepted as Orthanc proposes it; an unknown transaction is not."""
-    ae = AE("PACS")
+@pytest.mark.parametrize("calling", ["PACS", "ARCHIVE"])
+def test_a_report_on_what_we_never_asked_is_refused(node, calling):
+    """N-EVENT-REPORT from a peer in the SCP role: accepted as Orthanc proposes it, also of one that may not send but
+    was asked (confirm); an unknown transaction is not."""
+    ae = AE(calling)
     ae.dimse_timeout = ae.acse_timeout = 20
     assoc = ae.associate("127.0.0.1", node.port, [build_context(PUSH_MODEL, ExplicitVRLittleEndian)],
                          ae_title="NBDNODE", ext_neg=[build_role(PUSH_MODEL, scp_role=True)])

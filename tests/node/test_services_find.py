@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import random
 import time
+from io import BytesIO
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydicom.dataset import Dataset
+from pydicom.uid import ExplicitVRLittleEndian
+from pynetdicom import build_context
+from pynetdicom.dsutils import encode
 
+from dicomnode.errors import CannotUnderstand, NodeError
+from dicomnode.services.desk import _decoded, _encoded
 from dicomnode.services.findscp import BadQuery, answer, matches, matches_value, read_query
 from dicomnode.services.moving import CANCELLED, Courtesy, Tally
 
@@ -107,6 +114,28 @@ def test_keys_that_are_not_known_are_told_of():
     """They are ignored, and the pending status says so (0xFF01)."""
     query = read_query(identifier(StudyID="1", ImplantName="x", NumberOfSeriesRelatedInstances=""), patient_root=False)
     assert set(query.unsupported) == {"ImplantName", "NumberOfSeriesRelatedInstances"} and "StudyID" in query.keys
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_mutated_identifiers_are_refused_or_answered():
+    """Any bytes: an answer or an error with a status, never another exception."""
+    context = build_context("1.2.840.10008.5.1.4.1.2.2.1", ExplicitVRLittleEndian)
+    asked = identifier("SERIES", StudyInstanceUID="1.2.3", SeriesInstanceUID="", Modality="PT", SeriesNumber="3",
+                       SeriesDate="2024-", PatientWeight="70.5", RequestAttributesSequence=[identifier("X")])
+    whole, rng, outcomes = encode(asked, False, True) or b"", random.Random(1), set()
+    for _ in range(1500):
+        mutated = bytearray(whole)
+        for _ in range(rng.randint(1, 4)):
+            place, length = rng.randrange(len(mutated)), rng.randint(0, 6)
+            mutated[place:place + rng.choice((0, 1, length))] = rng.randbytes(rng.choice((0, 1, length)))
+        try:
+            query = read_query(_decoded(BytesIO(bytes(mutated)), context), patient_root=False)
+            matches(query, entity)
+            assert _encoded(answer(query, lambda keyword: ("ä",), ae_title="X"), context).getvalue()
+            outcomes.add(0x0000)
+        except NodeError as error:
+            outcomes.add(error.status)
+    assert outcomes == {0x0000, BadQuery.status, CannotUnderstand.status}
 
 
 def test_retrievals_step_back_while_objects_come_in():
