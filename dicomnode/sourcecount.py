@@ -66,15 +66,18 @@ class SourceCounts:
         """The count of the series `row` (of table series) at `source`; a question is put where it is not known."""
         now, uid, last_at = self._clock(), str(row["series_uid"]), float(str(row["last_at"]))
         known = self._sources.row(source, uid)
+        reason, pause = self._refused.get((source, uid)) or self._problems.get(source, ("", 0.0, 0))[:2]
+        paused = bool(reason) and now < pause <= now + PAUSE_MAX_S
         if known and known["instances"] is not None and last_at + self._quiet_s <= known["last_seen_at"] <= now:
             count, here = int(known["instances"]), self._sources.here(uid)
             again = known["last_seen_at"] + max(ASKED_AGAIN_S, (now - last_at) / 10)
-            if count != here and again <= now:
+            if count != here and again <= now and paused:
+                again = pause
+            elif count != here and again <= now:
                 self._ask(source, row, route)
             return Look(count, f"{source} holds {count}: {known['reason']}", max(again, now + self._poll_s))
-        reason, again = self._refused.get((source, uid)) or self._problems.get(source, ("", 0.0, 0))[:2]
-        if reason and now < again <= now + PAUSE_MAX_S:
-            return Look(None, reason, again)
+        if paused:
+            return Look(None, reason, pause)
         self._ask(source, row, route)
         return Look(None, reason or f"{source} is being asked how many instances it holds", now + self._poll_s)
 

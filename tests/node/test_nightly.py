@@ -403,3 +403,26 @@ def test_a_source_that_comes_back_is_asked_again(counting: tuple[Site, Matcher],
     assert look(site, matcher, lambda: "does not answer" in series(site)["reason"])
     source.start()
     assert look(site, matcher, lambda: series(site)["state"] == "matched", step_s=10)
+
+
+def test_a_count_that_does_not_agree_is_asked_again_with_pauses(counting: tuple[Site, Matcher],
+                                                               source: SourcePeer) -> None:
+    """The source holds fewer, for now; then it is down: not a connection a second; then it has caught up."""
+    site, matcher = counting
+    source.datasets = PET[:5]
+    receive(site, PET)
+    site.now += 31
+    assert look(site, matcher, lambda: series(site)["code"] == "peer-count")
+    source.stop()
+    asked = len(source.asked)
+    site.now += 120
+    assert look(site, matcher, lambda: matcher._counts._problems, step_s=0)
+    known = matcher._counts._problems["PACS"]
+    for _ in range(10):
+        site.now += 2
+        matcher.tick()
+    assert matcher._counts._problems["PACS"] == known
+    source.datasets = PET
+    source.start()
+    assert look(site, matcher, lambda: series(site)["state"] == "matched", step_s=10)
+    assert len(source.asked) > asked
