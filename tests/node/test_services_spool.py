@@ -17,6 +17,7 @@ from pydicom.uid import (
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
     PositronEmissionTomographyImageStorage,
+    RLELossless,
 )
 from pynetdicom import AE, build_context, build_role
 from pynetdicom.dimse_primitives import C_GET
@@ -279,6 +280,23 @@ def test_a_get_brings_the_objects_on_its_own_association(spool):
     sent = {ds.SOPInstanceUID: ds for ds in (*SOURCE, *GUIDE, *derived(1))}
     assert {ds.SOPInstanceUID for ds in came} == set(sent)
     assert all(ds.PixelData == sent[ds.SOPInstanceUID].PixelData for ds in came)
+
+
+def test_compressed_objects_are_unpacked_for_a_peer_that_takes_none(spool):
+    """By C-GET and by C-MOVE; as they lie for a peer that takes their transfer syntax."""
+    (plain,) = ct_series(slices=1, seed=30)
+    (packed,) = ct_series(slices=1, seed=30)
+    packed.compress(RLELossless, generate_instance_uid=False)
+    send(spool.receiver, [packed])
+    asked = identifier("STUDY", StudyInstanceUID=plain.StudyInstanceUID)
+    for syntax, pixels in ((ExplicitVRLittleEndian, plain.PixelData), (RLELossless, packed.PixelData)):
+        responses, (got,) = get(spool.port, asked, [(CT, syntax)])
+        assert counts(responses[-1][0]) == (1, 0, 0)
+        assert got.PixelData == pixels and got.SOPInstanceUID == plain.SOPInstanceUID
+    spool.pacs.datasets.clear()
+    assert counts(move(spool.port, asked, "PACS")[-1][0]) == (1, 0, 0)
+    (got,) = spool.pacs.datasets
+    assert (got.pixel_array == plain.pixel_array).all()
 
 
 def test_a_get_counts_what_the_peer_cannot_take(spool):
