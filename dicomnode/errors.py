@@ -65,7 +65,7 @@ class TooLarge(NodeError):
 class NotAllowed(NodeError):
     """This peer has no right to that service."""
 
-    status = 0x0124  # PS3.7 C.5.17: refused, not authorized
+    status = 0x0124  # PS3.7 Annex C: refused, not authorized
     exit_code = Exit.REFUSED
 
 

@@ -49,7 +49,7 @@ Item = tuple[str, str]  # SOP Class UID, SOP Instance UID
 class BadRequest(NodeError):
     """An N-ACTION that is no storage commitment request."""
 
-    status = 0x0115  # PS3.7 C.5.?: invalid argument value
+    status = 0x0115  # PS3.7 Annex C: invalid argument value
 
 
 @dataclass(frozen=True)

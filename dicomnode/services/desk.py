@@ -55,7 +55,7 @@ class UnknownDestination(NodeError):
 class NoSuchAction(NodeError):
     """An N-ACTION other than the request of PS3.4 J.3.2."""
 
-    status = 0x0123  # PS3.7 C.4.?: no such action
+    status = 0x0123  # PS3.7 Annex C: no such action
 
 
 class Busy(NodeError):
