@@ -41,6 +41,7 @@ class Rude:
                 connection.close()
 
     def stop(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)  # ends accept(), which would keep the port
         self._listener.close()
         for connection in self._open:
             connection.close()
