@@ -55,7 +55,7 @@ DELIVERY_MB_S = 20.0  # C-STORE of objects of 256 x 256 to a DCMTK peer: 10 to 2
 
 #: kind of processor and preset -> (seconds of a whole body, of a head and neck, where they come from)
 SERVICE_S: dict[str, tuple[float, float, str]] = {
-    "best, CPU core": (730.0, 44.0, "measured"),
+    "best, CPU core": (374.0, 44.0, "measured"),
     "best, GPU": (300.0, 300.0, "target"),
     "paper, GPU": (361.0, 128.0, "floor"),  # 128 s for 64 x 128 x 128; a whole body has 2.8 times its voxels
     "paper, GPU, 3x its floor": (1083.0, 384.0, "assumed"),
