@@ -10,6 +10,7 @@ from pydantic import ValidationError, model_validator
 
 from dicomnode.errors import ConfigError
 from dicomnode.sections import (
+    SHAPES,
     Alerts,
     Completeness,
     Delivery,
@@ -105,6 +106,12 @@ def load(path: Path) -> Config:
     """A Config from a TOML file. Raises ConfigError."""
     try:
         text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise ConfigError(f"there is no configuration file {path}. Remedy: copy conf/dicomnode.toml there, or name "
+                          "another with --config.") from error
+    except PermissionError as error:
+        raise ConfigError(f"no permission to read the configuration {path}. Remedy: run it as the user of the node "
+                          "(sudo -u dicomnode).") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the configuration {path}: {error}") from error
     return parse(text, origin=str(path))
@@ -136,4 +143,6 @@ def _key(loc: tuple[int | str, ...]) -> str:
 def _sentence(item: Any) -> str:
     if item["type"] == "extra_forbidden":
         return "unknown key"
+    if item["type"] == "string_pattern_mismatch" and item["ctx"]["pattern"] in SHAPES:
+        return f"{item['input']!r} is not {SHAPES[item['ctx']['pattern']]}"
     return str(item["msg"]).removeprefix("Value error, ")

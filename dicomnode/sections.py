@@ -17,17 +17,30 @@ __all__ = [
 ]
 
 # PS3.5 Table 6.2-1: AE is at most 16 characters of the default repertoire, no backslash or control characters.
+AE_CHARACTERS = r"^[ -\[\]-~]+$"
 AETitle = Annotated[
-    str, StringConstraints(strip_whitespace=True, min_length=1, max_length=16, pattern=r"^[ -\[\]-~]+$")]
-Name = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[\w. -]+$")]
+    str, StringConstraints(strip_whitespace=True, min_length=1, max_length=16, pattern=AE_CHARACTERS)]
+NAME_CHARACTERS = r"^[\w. -]+$"
+Name = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=NAME_CHARACTERS)]
 Port = Annotated[int, Field(ge=1, le=65535)]
 Seconds = Annotated[float, Field(ge=0)]
 Days = Annotated[float, Field(ge=0)]
-TimeOfDay = Annotated[str, StringConstraints(pattern=r"^([01]\d|2[0-3]):[0-5]\d$")]
+TIME_OF_DAY = r"^([01]\d|2[0-3]):[0-5]\d$"
+TimeOfDay = Annotated[str, StringConstraints(pattern=TIME_OF_DAY)]
 #: "20:00-06:00", "mon-fri 20:00-06:00", "sat,sun 00:00-24:00": dicomnode/windows.py
-WindowText = Annotated[str, StringConstraints(strip_whitespace=True, pattern=(
-    r"^(?:DAY(?:-DAY)?(?:,DAY(?:-DAY)?)* )?".replace("DAY", "(?:mon|tue|wed|thu|fri|sat|sun)") +
-    r"(?:[01]\d|2[0-3]):[0-5]\d-(?:(?:[01]\d|2[0-3]):[0-5]\d|24:00)$"))]
+WINDOW = (r"^(?:DAY(?:-DAY)?(?:,DAY(?:-DAY)?)* )?".replace("DAY", "(?:mon|tue|wed|thu|fri|sat|sun)") +
+          r"(?:[01]\d|2[0-3]):[0-5]\d-(?:(?:[01]\d|2[0-3]):[0-5]\d|24:00)$")
+WindowText = Annotated[str, StringConstraints(strip_whitespace=True, pattern=WINDOW)]
+DEVICE, ONE_DEVICE = r"^(auto|cpu|cuda(:\d+)?)$", r"^(cpu|cuda:\d+)$"
+FINGERPRINT = r"^[0-9a-fA-F]{64}$"
+#: What a text of that pattern is called in messages.
+SHAPES = {AE_CHARACTERS: "an AE title: printable ASCII without backslash",
+          NAME_CHARACTERS: "a name: letters, digits, blank, dot, _ and -",
+          DEVICE: "auto, cpu, cuda or one GPU such as cuda:0",
+          ONE_DEVICE: "cpu or one GPU such as cuda:0",
+          FINGERPRINT: "a SHA-256 fingerprint: 64 hexadecimal digits, no colons",
+          TIME_OF_DAY: 'a time of day such as "06:30"',
+          WINDOW: 'a window such as "20:00-06:00" or "mon-fri 20:00-06:00"'}
 
 
 class Section(BaseModel):
@@ -153,14 +166,14 @@ class Alerts(Section):
 class Work(Section):
     """How jobs run."""
 
-    device: Annotated[str, StringConstraints(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    device: Annotated[str, StringConstraints(pattern=DEVICE)] = "auto"
     threads: Annotated[int, Field(ge=0)] = 0
     attempts: Annotated[int, Field(ge=1)] = 3
     retry_s: Seconds = 60
     lease_s: Annotated[float, Field(ge=5)] = 60
     hang_s: Annotated[float, Field(ge=10)] = 1800
     heartbeat_s: Annotated[float, Field(ge=1)] = 10
-    devices: tuple[Annotated[str, StringConstraints(pattern=r"^(cpu|cuda:\d+)$")], ...] = ()
+    devices: tuple[Annotated[str, StringConstraints(pattern=ONE_DEVICE)], ...] = ()
     executor: Literal["local", "dask"] = "local"
     dask_scheduler: str = ""
     dask_jobs: Annotated[int, Field(ge=1)] = 1
@@ -201,7 +214,7 @@ class Peer(Section):
     confirm: Literal["store", "find", "commitment"] = "store"
     tls: bool = False
     tls_ca: Path | None = None
-    certificate_sha256: tuple[Annotated[str, StringConstraints(pattern=r"^[0-9a-fA-F]{64}$")], ...] = ()
+    certificate_sha256: tuple[Annotated[str, StringConstraints(pattern=FINGERPRINT)], ...] = ()
     stow_url: str | None = None
     stow_token_file: Path | None = None
     _node_tls: Tls = PrivateAttr(default_factory=Tls)
