@@ -27,6 +27,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,14 @@ from dicomnode.logs import get_logger
 from dicomnode.psflibrary import keep_found
 from dicomnode.runner import LAST_WORDS, ChildRunner, Runner, Running
 from dicomnode.spool import Spool, fsync_dir
+from dicomnode.states import OTHER_IMAGE
 
-__all__ = ["Executor", "REPORT_FILE"]
+__all__ = ["Executor", "RECIPE", "REPORT_FILE"]
 
 REPORT_FILE = "report.json"
+#: What the report on disk tells of its job under "job", so that a ledger that was lost can know it again (rebuild.py).
+RECIPE = ("series_uid", "study_uid", "guide_series_uid", "route", "method", "preset", "settings", "send_to", "inputs",
+          "priority", "urgent", "created_at")
 LOST_LIMIT = 100  # a job that was running each time the whole node died so often is not tried again unseen
 LONGEST_WAIT_S = 3600.0  # between two attempts
 LEDGER_WAIT_S = 10.0
@@ -90,7 +95,7 @@ class Executor:
         for job in lost:
             times = self._ledger.count_events(job["id"], code="worker-lost") + 1
             if times > LOST_LIMIT:
-                self._hold(job["id"], "worker-lost", f"the worker died {times} times while this job ran. Remedy: look "
+                self._hold(job, "worker-lost", f"the worker died {times} times while this job ran. Remedy: look "
                            f"at memory and the log, then `dicomnode retry job:{job['id']}`")
                 continue
             now, wait = self._clock(), 0.0
@@ -122,32 +127,42 @@ class Executor:
             self.job_id = job["id"]
             try:
                 self.run_job(job, stop)
+            except sqlite3.OperationalError as error:
+                # Other devices' jobs go on. Its lease runs out; who takes it up then finds what was kept of it.
+                log.error("what became of a job cannot be written into the ledger", action="conclude_failed",
+                          job=job["id"], error=str(error), again_s=LEDGER_WAIT_S)
+                stop.wait(LEDGER_WAIT_S)
             finally:
                 self.job_id = None
 
     def run_job(self, job: dict[str, Any], stop: threading.Event) -> None:
-        """Run one claimed job to its next state."""
+        """Run one claimed job to its next state. Raises sqlite3.OperationalError where that cannot be written."""
         with self._ledger.transaction() as db:
             db.execute("UPDATE job SET device = ? WHERE id = ?", (self.device, job["id"]))
+        # Of its own for each attempt: one whose lease ran out may still be ending.
+        folder = self._spool.data_dir / "work" / f"{job['id']}.{job['attempts']}"
+        try:
+            self._attempt(job, folder, stop)
+        except (TransitionRefused, NotFound) as error:
+            log.info("job was taken away", action="job_taken", job=job["id"], reason=str(error))
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _attempt(self, job: dict[str, Any], folder: Path, stop: threading.Event) -> None:
         if self._adopt(job):
             return
         if job["attempts"] > self._config.work.attempts:
-            self._hold(job["id"], "attempts", f"{job['reason'] or 'every attempt failed'}; attempts used up. Remedy: "
+            self._hold(job, "attempts", f"{job['reason'] or 'every attempt failed'}; attempts used up. Remedy: "
                        f"look at the log, then `dicomnode retry job:{job['id']}`")
             return
-        folder = self._spool.data_dir / "work" / str(job["id"])
         try:
             order = self._order(job)
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(mode=0o700)
             outcome = self._run(job, order, folder, stop)
             self._conclude(job, folder, outcome)
-        except (TransitionRefused, NotFound) as error:
-            log.info("job was taken away", action="job_taken", job=job["id"], reason=str(error))
         except OSError as error:
             self._failed(job, f"cannot prepare or keep the work of the job: {error}")
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
 
     # --- the order
 
@@ -262,32 +277,38 @@ class Executor:
         if kind == "built":
             self._keep(job, folder / "derived.tmp", outcome["report"])
         elif kind == "refused" and outcome["code"] == "method" and job["memory_gb"]:
-            self._hold(job["id"], "memory", f"{outcome['reason']}. {MORE_MEMORY} `dicomnode retry job:{job['id']}`")
+            self._hold(job, "memory", f"{outcome['reason']}. {MORE_MEMORY} `dicomnode retry job:{job['id']}`")
         elif kind == "refused":
-            self._hold(job["id"], outcome["code"], f"{outcome['reason']}. Remedy: {outcome['remedy']}",
+            self._hold(job, outcome["code"], f"{outcome['reason']}. Remedy: {outcome['remedy']}",
                        report=outcome.get("report"))
         elif kind in ("failed", "hung"):
             self._failed(job, outcome["reason"], outcome.get("code", ""))
         elif kind == "lost":
             self._again(job, outcome["reason"], code=outcome.get("code", "runner-lost"))
         elif kind == "stopped":
-            self._ledger.set_job(job["id"], "queued", now=self._clock(), code="stopped", progress=None,
-                                 reason="the worker was stopped", attempts=max(0, job["attempts"] - 1))
+            self._set(job, "queued", code="stopped", progress=None, reason="the worker was stopped",
+                      attempts=max(0, job["attempts"] - 1))
         log.info("job ended", action="job_ended", job=job["id"], outcome=kind, reason=outcome.get("reason", ""))
 
     def _keep(self, job: dict[str, Any], written: Path, report: dict[str, Any]) -> None:
         """Make the checked series durable under derived/JOB, then enter it: repeating this after a crash is safe."""
-        report = {**report, "identity": job["identity"]}
-        (written / REPORT_FILE).write_text(json.dumps(report, indent=1), encoding="utf-8")
-        for path in written.iterdir():
+        digest = sha256()
+        for path in sorted(written.iterdir()):
             self._beat()
+            if path.suffix == ".dcm":
+                digest.update(path.read_bytes())
             _fsync_file(path)
+        report = {**report, "identity": job["identity"], "files_sha256": digest.hexdigest()}
+        (written / REPORT_FILE).write_text(json.dumps(report, indent=1), encoding="utf-8")
+        _fsync_file(written / REPORT_FILE)
         fsync_dir(written)
         target = self._spool.data_dir / "derived" / str(job["id"])
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(written, target)
-        fsync_dir(target.parent)
+        with self._ledger.transaction():  # what another worker has made of the job meanwhile is not replaced
+            self._require_ours(job)
+            if target.exists():
+                shutil.rmtree(target)
+            os.replace(written, target)
+            fsync_dir(target.parent)
         self._enter(job, target, report)
 
     def _adopt(self, job: dict[str, Any]) -> bool:
@@ -297,6 +318,7 @@ class Executor:
             report = json.loads((target / REPORT_FILE).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return False
+        report.pop("job", None)  # the ledger knows it
         whole = report["identity"] == job["identity"] and len(list(target.glob("*.dcm"))) == report["derived_instances"]
         if whole:
             self._enter(job, target, report)
@@ -306,6 +328,9 @@ class Executor:
         """The derived series, its deliveries and what it says of the PSF, in one transaction."""
         now = self._clock()
         with self._ledger.transaction():
+            if self._differs_from_sent(job, report):
+                self._hold_other_image(job, target, report)
+                return
             ours = self._ledger.built(job["id"], self.name, now=now, report=report,
                                       derived_series_uid=report["derived_series_uid"],
                                       derived_path=self._spool.relative(target),
@@ -315,31 +340,65 @@ class Executor:
         if not ours:
             log.info("job was taken away after it was built", action="job_taken", job=job["id"])
 
-    def _hold(self, job_id: int, code: str, reason: str, **columns: Any) -> None:
-        """For a person; a later `retry` begins with all the memory that the settings allow."""
-        self._ledger.set_job(job_id, "held", now=self._clock(), code=code, reason=reason, memory_gb=None, **columns)
-        log.warning("job held", action="job_held", job=job_id, code=code, reason=reason)
+    def _sent_to(self, job: Mapping[str, Any]) -> list[str]:
+        """The peers that have answered to any instance of the job's derived series."""
+        return [delivery["peer"] for delivery in self._ledger.deliveries(job["id"])
+                if self._ledger.statuses(delivery["id"])]
+
+    def _differs_from_sent(self, job: Mapping[str, Any], report: Mapping[str, Any]) -> bool:
+        """Whether a series that was computed anew is not the one of which a peer has something already."""
+        old = job["report"] or {}
+        if job["derived_series_uid"] is None or not self._sent_to(job):
+            return False
+        return bool(job["derived_series_uid"] != report["derived_series_uid"]
+                    or old.get("files_sha256", "") not in ("", report.get("files_sha256", "")))
+
+    def _hold_other_image(self, job: dict[str, Any], target: Path, report: Mapping[str, Any]) -> None:
+        """One UID never means two images, and no peer gets a second series unasked. The row keeps what was sent."""
+        uid = report["derived_series_uid"]
+        named = "other bytes under the same UIDs" if uid == job["derived_series_uid"] else f"another series, {uid}"
+        self._hold(job, OTHER_IMAGE, f"series {job['derived_series_uid']} was sent to {', '.join(self._sent_to(job))}, "
+                   f"wholly or in part, and its files were lost; computed again it is {named} (less memory, another "
+                   "machine or configuration). Remedy: put its files back and `dicomnode retry job:"
+                   f"{job['id']}`; or have it removed there, then `dicomnode release job:{job['id']}` sends the new "
+                   "one to every peer", derived_path=self._spool.relative(target))
+
+    def _require_ours(self, job: Mapping[str, Any]) -> None:
+        """Raises TransitionRefused where another worker has the job by now: its lease had run out."""
+        row = self._ledger.job(job["id"])
+        if row["state"] == "running" and (row["lease_owner"], row["attempts"]) != (job["lease_owner"], job["attempts"]):
+            raise TransitionRefused(f"{row['lease_owner']} has taken up job {job['id']}")
+
+    def _set(self, job: Mapping[str, Any], state: str, **columns: Any) -> None:
+        with self._ledger.transaction():
+            self._require_ours(job)
+            self._ledger.set_job(job["id"], state, now=self._clock(), **columns)
+
+    def _hold(self, job: Mapping[str, Any], code: str, reason: str, **columns: Any) -> None:
+        """For a person; a later `retry` begins with all the memory that the settings allow, if nothing was sent."""
+        if not self._sent_to(job):
+            columns["memory_gb"] = None
+        self._set(job, "held", code=code, reason=reason, **columns)
+        log.warning("job held", action="job_held", job=job["id"], code=code, reason=reason)
 
     def _again(self, job: dict[str, Any], reason: str, *, code: str) -> None:
         """What ran the job is gone: queued again after retry_s, the attempt not counted."""
-        now = self._clock()
-        self._ledger.set_job(job["id"], "queued", now=now, code=code, reason=reason, progress=None,
-                             run_after=now + self._config.work.retry_s, attempts=max(0, job["attempts"] - 1))
+        self._set(job, "queued", code=code, reason=reason, progress=None, attempts=max(0, job["attempts"] - 1),
+                  run_after=self._clock() + self._config.work.retry_s)
 
     def _failed(self, job: dict[str, Any], reason: str, code: str = "") -> None:
         """Another attempt later, or held once all are used up. code: "memory", "device", "killed" (runner.py) or ""."""
         attempts, work = job["attempts"], self._config.work
         if attempts >= work.attempts:
             remedy = REMEDIES.get(code, "Remedy: look at the log, then")
-            self._hold(job["id"], code if code in ("memory", "device") else "attempts",
+            self._hold(job, code if code in ("memory", "device") else "attempts",
                        f"{reason} (attempt {attempts} of {work.attempts}). {remedy} `dicomnode retry job:{job['id']}`")
             return
         less = self._less_memory(job, code)
         wait = min(LONGEST_WAIT_S, work.retry_s * 2.0 ** (attempts - 1))
         again = f"again in {wait:g} s" + (f" with {less:g} GB" if less else "")
-        self._ledger.set_job(job["id"], "failed", now=self._clock(), code=code or "attempt",
-                             run_after=self._clock() + wait, memory_gb=less or job["memory_gb"],
-                             reason=f"{reason} (attempt {attempts} of {work.attempts}; {again})")
+        self._set(job, "failed", code=code or "attempt", run_after=self._clock() + wait,
+                  memory_gb=less or job["memory_gb"], reason=f"{reason} (attempt {attempts} of {work.attempts}; {again})")
         log.warning("attempt failed", action="job_failed", job=job["id"], attempt=attempts, reason=reason)
 
     def _less_memory(self, job: dict[str, Any], code: str) -> float | None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dicomnode.errors import LedgerCorrupt, NotFound, TransitionRefused
-from dicomnode.migrations import SCHEMA_VERSION, migrate
+from dicomnode.migrations import SCHEMA_VERSION, migrate, require_no_repair
 from dicomnode.states import after_deliveries, may_follow
 
 __all__ = ["SCHEMA_VERSION", "InstanceRow", "Kept", "Ledger", "NewJob"]
@@ -34,6 +34,7 @@ def _statements() -> dict[str, str]:
 
 
 SQL = _statements()
+_REMEDY = "Remedy: stop the node, then `dicomnode repair`, which keeps the file; or restore a backup."
 
 
 @dataclass(frozen=True)
@@ -81,11 +82,12 @@ class NewJob:
 class Ledger:
     """Opens (and at first use creates) the ledger at `path`.
 
-    Raises LedgerCorrupt where the file is damaged or written by a newer version.
+    Raises LedgerCorrupt where the file is damaged, in repair, or written by a newer version.
     """
 
     def __init__(self, path: Path, *, timeout_s: float = 30.0) -> None:
         self.path = Path(path)
+        require_no_repair(self.path)
         self._lock = threading.RLock()
         try:
             self._db = sqlite3.connect(self.path, timeout=timeout_s, isolation_level=None, check_same_thread=False)
@@ -96,7 +98,7 @@ class Ledger:
             migrate(self._db, self.path, SQL["schema"])
         except sqlite3.DatabaseError as error:
             raise LedgerCorrupt(
-                f"ledger {self.path} cannot be opened: {error}. Remedy: keep the file, restore it from a backup."
+                f"ledger {self.path} cannot be opened: {error}. {_REMEDY}"
             ) from error
 
     def close(self) -> None:
@@ -116,7 +118,7 @@ class Ledger:
         except sqlite3.DatabaseError as error:
             found = [str(error)]
         if found != ["ok"]:
-            raise LedgerCorrupt(f"ledger {self.path} is damaged: {found[0]}. Remedy: stop the node, restore a backup.")
+            raise LedgerCorrupt(f"ledger {self.path} is damaged: {found[0]}. {_REMEDY}")
 
     # --- basics
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from dicomnode.errors import LedgerCorrupt
 
-__all__ = ["SCHEMA_VERSION", "STEPS", "backup_path", "migrate"]
+__all__ = ["SCHEMA_VERSION", "STEPS", "backup_path", "migrate", "repaired_path", "require_no_repair"]
 
 #: version -> what changes in tables that are there already; new tables come from ledger.sql itself
 STEPS: Mapping[int, tuple[str, ...]] = {
@@ -72,6 +72,17 @@ def migrate(db: sqlite3.Connection, path: Path, schema: str) -> None:
 def backup_path(path: Path, version: int) -> Path:
     """Where the ledger is copied to before it leaves `version`."""
     return path.with_name(f"{path.stem}.v{version}{path.suffix}")
+
+
+def repaired_path(path: Path) -> Path:
+    """Where `dicomnode repair` leaves a new ledger that is complete, until it is in the place of the old one."""
+    return path.with_name(f"{path.stem}.repaired{path.suffix}")
+
+
+def require_no_repair(path: Path) -> None:
+    """Raises LedgerCorrupt where a new ledger waits to replace the one at `path`."""
+    if repaired_path(path).exists():
+        raise LedgerCorrupt(f"a repair of {path} was interrupted. Remedy: `dicomnode repair` completes it.")
 
 
 def _version(db: sqlite3.Connection) -> int:

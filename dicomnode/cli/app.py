@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from dicomnode import __version__
-from dicomnode.cli import acting, evaluating, looking, offline, psf, reconciling, running
+from dicomnode.cli import acting, evaluating, looking, offline, psf, reconciling, repairing, running
 from dicomnode.errors import Exit, NodeError
 
 __all__ = ["app"]
@@ -79,6 +79,6 @@ _add("Run", {"serve": running.serve, "receive": running.receive, "work": running
 _add("Look", {"status": looking.status, "jobs": looking.jobs, "show": looking.show, "alert": looking.alert,
               "psf": psf.psf, "find": reconciling.find, "reconcile": reconciling.reconcile})
 _add("Decide", {"retry": acting.retry, "hold": acting.hold, "release": acting.release, "cancel": acting.cancel,
-                "urgent": acting.urgent, "fetch": reconciling.fetch})
+                "urgent": acting.urgent, "fetch": reconciling.fetch, "repair": repairing.repair})
 _add("Without the node", {"deblur": offline.deblur, "verify": offline.verify, "evaluate": evaluating.evaluate,
                           "calibrate": psf.calibrate})

@@ -73,7 +73,8 @@ class Line:
         written = io.BytesIO()
         dcmwrite(written, ds, enforce_file_format=True)
         path = self.spool.object_path(ds.StudyInstanceUID, ds.SeriesInstanceUID, ds.SOPInstanceUID)
-        digest = hashlib.sha256(written.getvalue()).hexdigest()
+        data_set = 144 + int.from_bytes(written.getvalue()[140:144], "little")  # behind the file meta information
+        digest = hashlib.sha256(written.getvalue()[data_set:]).hexdigest()
         if self.ledger.known(ds.SOPInstanceUID) is None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(written.getvalue())
