@@ -127,7 +127,7 @@ def _peer(folder: Path) -> Iterator[int]:
     from pynetdicom import AE, AllStoragePresentationContexts, evt
     from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]
 
-    from dicomnode.scu import set_nodelay
+    from dicomnode.requesting import set_nodelay
 
     folder.mkdir(parents=True)
 

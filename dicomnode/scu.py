@@ -7,8 +7,6 @@ uncompressed objects gets them decompressed.
 
 from __future__ import annotations
 
-import socket
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +23,9 @@ from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]
 from dicomnode import tls
 from dicomnode.config import Peer
 from dicomnode.errors import PeerUnreachable
+from dicomnode.requesting import keep_answers_for_the_asker, limit_pdu, on_connected
 
-__all__ = ["Answer", "echo", "is_success", "is_warning", "leave", "named", "open_association", "send", "set_nodelay"]
+__all__ = ["Answer", "echo", "is_success", "is_warning", "leave", "named", "open_association", "send"]
 
 # PS3.7 C.5.6 and C.4.2: what we write into the record where the peer left us no way to ask.
 SOP_CLASS_NOT_SUPPORTED = 0x0122
@@ -67,13 +66,6 @@ def is_success(status: int) -> bool:
 def is_warning(status: int) -> bool:
     """0xBxxx, 0x0001, 0x0107, 0x0116: stored, with a remark (PS3.4 B.2.3, PS3.7 C.3)."""
     return status >> 12 == 0xB or status in (0x0001, 0x0107, 0x0116)
-
-
-def set_nodelay(event: evt.Event) -> None:
-    """Turn Nagle's algorithm off on a connection just opened: 40 ms for every C-STORE otherwise."""
-    transport = event.assoc.dul.socket
-    if transport is not None and transport.socket is not None:
-        transport.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
 def echo(peer: Peer, *, calling_ae: str, connect_timeout_s: float, dimse_timeout_s: float) -> None:
@@ -172,10 +164,11 @@ def open_association(
     ae.network_timeout = dimse_timeout_s
     association = ae.associate(
         peer.host, peer.port, contexts=contexts, ae_title=peer.ae_title, max_pdu=max_pdu, ext_neg=list(ext_neg) or None,
-        evt_handlers=[(evt.EVT_CONN_OPEN, set_nodelay), *evt_handlers],
+        evt_handlers=[(evt.EVT_CONN_OPEN, on_connected), *evt_handlers],
         tls_args=None if secure is None else (secure, peer.host))
     if association.is_established:
-        _keep_answers_for_the_asker(association)
+        keep_answers_for_the_asker(association)
+        limit_pdu(association)
         return association
     if secure is not None and secure.failure:
         raise PeerUnreachable(f"{named(peer)}: no TLS connection comes about: {secure.failure}. Remedy: check tls.ca, "
@@ -191,39 +184,6 @@ def open_association(
     asked = "" if secure is None else ", or does not accept our certificate (tls.certificate)"
     raise PeerUnreachable(f"{named(peer)} does not answer{asked}. "
                           "Remedy: check host, port and firewall; is it running?")
-
-
-class _Checkpoint(threading.Event):
-    """pynetdicom's `_reactor_checkpoint`; once `clear` has returned, the association's own thread takes no message."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.set()
-        self.lock = threading.Lock()
-
-    def clear(self) -> None:
-        with self.lock:
-            super().clear()
-
-
-def _keep_answers_for_the_asker(association: Association) -> None:
-    """pynetdicom 3.0.4 loses a response now and then on a busy machine, one in some thousand C-STORE, and with it half
-    a minute and the association.
-
-    Who sends a request pauses the association's own thread first, and waits until that says that it is paused. But it
-    says so a moment before it looks, and where it is held up just then, it takes the response for a request from the
-    peer and drops it.
-    """
-    checkpoint, get_msg = _Checkpoint(), association.dimse.get_msg
-
-    def guarded(block: bool = False) -> Any:
-        if block:
-            return get_msg(True)
-        with checkpoint.lock:
-            return get_msg(False) if checkpoint.is_set() else (None, None)
-
-    association._reactor_checkpoint = checkpoint
-    association.dimse.get_msg = guarded  # type: ignore[method-assign]
 
 
 def leave(association: Association) -> None:

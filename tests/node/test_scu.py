@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 import socket
 import threading
 import time
@@ -14,13 +15,14 @@ import pytest
 from pydicom.dataset import Dataset
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, RLELossless
 from pynetdicom import AE, evt
+from pynetdicom.association import Association
 from pynetdicom.dimse import DIMSEServiceProvider
 
-from dicomnode import scu
+from dicomnode import requesting, scu
 from dicomnode.config import Peer
 from dicomnode.errors import PeerUnreachable
 from tests.factories import ct_series, pet_series
-from tests.peers import StoragePeer, free_port
+from tests.peers import StoragePeer, free_port, wait_until
 
 TIMES = {"connect_timeout_s": 5.0, "dimse_timeout_s": 5.0}
 
@@ -230,7 +232,97 @@ def test_no_answer_is_lost_to_the_association_s_own_thread(tmp_path: Path, monke
 
     taken = DIMSEServiceProvider.get_msg
     monkeypatch.setattr(DIMSEServiceProvider, "get_msg", late)
-    monkeypatch.setattr(scu._Checkpoint, "wait", held_up)
+    monkeypatch.setattr(requesting._Checkpoint, "wait", held_up)
     with StoragePeer() as peer:
         last, _ = send(peer.port, saved(tmp_path, pet_series(slices=20)), dimse_timeout_s=2.0)
     assert [answer.status for answer in last] == [0] * 20
+
+
+class Freezing:
+    """A line to a peer that is no longer read from after `after` bytes, and stays open: a process that was stopped."""
+
+    def __init__(self, to: int, *, after: int) -> None:
+        self._to, self._after = to, after
+        self._listener = socket.socket()
+        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # so that little waits in the kernel
+        self._listener.bind(("127.0.0.1", 0))
+        self._listener.listen()
+        self.port = int(self._listener.getsockname()[1])
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> Freezing:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join(10)
+        self._listener.close()
+
+    def _run(self) -> None:
+        near, _ = self._listener.accept()
+        with near, socket.create_connection(("127.0.0.1", self._to)) as far:
+            seen = 0
+            while seen <= self._after:
+                for ready in select.select([near, far], [], [])[0]:
+                    data = ready.recv(4096)
+                    seen += len(data) if ready is near else 0
+                    (far if ready is near else near).sendall(data)
+            self._over.wait(60)
+
+
+def large(folder: Path) -> list[Path]:
+    """One object of 8 MiB: more than a kernel keeps for a peer that does not read."""
+    dataset = pet_series(slices=1)[0]
+    dataset.Rows = dataset.Columns = 2048
+    dataset.PixelData = bytes(2048 * 2048 * 2)
+    return saved(folder, [dataset])
+
+
+def test_a_peer_that_takes_no_more_bytes_is_given_up_in_the_middle(tmp_path: Path) -> None:
+    """It keeps the connection and does not read: the lane of its deliveries must not stand still for ever."""
+    begun = time.monotonic()
+    with StoragePeer() as peer, Freezing(peer.port, after=20_000) as line, pytest.raises(PeerUnreachable):
+        send(line.port, large(tmp_path), dimse_timeout_s=1.0)
+    assert time.monotonic() - begun < 10
+
+
+def test_an_abort_ends_an_association_whose_peer_takes_no_more_bytes(tmp_path: Path) -> None:
+    """Who closes the lanes does not wait for it either: it takes seconds, and the sender hears of it."""
+    opened: list[Association] = []
+    with StoragePeer() as peer, Freezing(peer.port, after=20_000) as line:
+        def go() -> None:
+            with pytest.raises(PeerUnreachable):
+                send(line.port, large(tmp_path), dimse_timeout_s=60.0, on_open=opened.append)
+
+        sender = threading.Thread(target=go)
+        sender.start()
+        wait_until("the sender to be stuck",
+                   lambda: opened and opened[0].dul.to_provider_queue.qsize() >= requesting.QUEUED)
+        begun = time.monotonic()
+        opened[0].abort()
+        sender.join(10)
+        assert not sender.is_alive() and time.monotonic() - begun < 6
+
+
+def test_what_is_sent_waits_for_the_peer_and_not_in_memory(tmp_path: Path) -> None:
+    """A peer that takes PDUs of any length (maximum length 0) and reads slowly: few short PDUs wait for it."""
+    waiting: list[int] = []
+    lengths: list[int] = []
+
+    def look(association: Association) -> None:
+        association.bind(evt.EVT_PDU_SENT, lambda event: (
+            lengths.append(len(event.pdu)), waiting.append(association.dul.to_provider_queue.qsize())))
+
+    ae = AE("PACS")
+    ae.add_supported_context("1.2.840.10008.5.1.4.1.1.128")
+    ae.maximum_pdu_size = 0
+    port = free_port()
+    server = ae.start_server(("127.0.0.1", port), block=False, evt_handlers=[(evt.EVT_C_STORE, lambda _: 0)])
+    try:
+        last, _ = send(port, large(tmp_path), on_open=look)
+    finally:
+        server.shutdown()
+    assert [answer.status for answer in last] == [0]
+    assert len(lengths) > 60 and max(lengths) <= requesting.LARGEST_PDU + 6 and max(waiting) <= requesting.QUEUED
