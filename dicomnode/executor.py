@@ -39,6 +39,7 @@ from dicomnode.logs import get_logger
 from dicomnode.psflibrary import keep_found
 from dicomnode.runner import LAST_WORDS, ChildRunner, Runner, Running
 from dicomnode.spool import Spool, fsync_dir
+from dicomnode.spoolcheck import DAMAGED
 from dicomnode.states import OTHER_IMAGE
 
 __all__ = ["Executor", "RECIPE", "REPORT_FILE"]
@@ -157,6 +158,10 @@ class Executor:
             return
         try:
             order = self._order(job)
+            if missing := len(job["inputs"]) - len(order["digests"]):
+                self._hold(job, DAMAGED, f"{missing} of its {len(job['inputs'])} input objects are lost. Remedy: send "
+                           "series and CT again; the job goes on by itself")
+                return
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(mode=0o700)
             outcome = self._run(job, order, folder, stop)
@@ -174,6 +179,7 @@ class Executor:
         return {
             "pet_files": self._files(job["series_uid"], job["inputs"]),
             "guide_files": self._files(guide, job["inputs"]) if guide else [],
+            "digests": self._digests(job),
             "guide_required": route is not None and route.guide == "require",
             "method": job["method"],
             "preset": job["preset"],
@@ -209,6 +215,13 @@ class Executor:
         wanted = frozenset(inputs)
         return [str(self._spool.absolute(row["path"])) for row in self._ledger.instances(series_uid)
                 if row["sop_instance_uid"] in wanted]
+
+    def _digests(self, job: dict[str, Any]) -> dict[str, str]:
+        """File -> SHA-256 of the data set in it, as it was received."""
+        wanted = frozenset(job["inputs"])
+        return {str(self._spool.absolute(row["path"])): row["sha256"]
+                for uid in (job["series_uid"], job["guide_series_uid"]) if uid
+                for row in self._ledger.instances(uid) if row["sop_instance_uid"] in wanted}
 
     def _taken_numbers(self, job: dict[str, Any]) -> list[int]:
         """Series numbers of the study's other series, our own derived one coming back excepted."""
@@ -299,7 +312,8 @@ class Executor:
                 digest.update(path.read_bytes())
             _fsync_file(path)
         report = {**report, "identity": job["identity"], "files_sha256": digest.hexdigest()}
-        (written / REPORT_FILE).write_text(json.dumps(report, indent=1), encoding="utf-8")
+        told = {**report, "job": {key: job[key] for key in RECIPE}}
+        (written / REPORT_FILE).write_text(json.dumps(told, indent=1), encoding="utf-8")
         _fsync_file(written / REPORT_FILE)
         fsync_dir(written)
         target = self._spool.data_dir / "derived" / str(job["id"])
@@ -398,7 +412,8 @@ class Executor:
         wait = min(LONGEST_WAIT_S, work.retry_s * 2.0 ** (attempts - 1))
         again = f"again in {wait:g} s" + (f" with {less:g} GB" if less else "")
         self._set(job, "failed", code=code or "attempt", run_after=self._clock() + wait,
-                  memory_gb=less or job["memory_gb"], reason=f"{reason} (attempt {attempts} of {work.attempts}; {again})")
+                  memory_gb=less or job["memory_gb"],
+                  reason=f"{reason} (attempt {attempts} of {work.attempts}; {again})")
         log.warning("attempt failed", action="job_failed", job=job["id"], attempt=attempts, reason=reason)
 
     def _less_memory(self, job: dict[str, Any], code: str) -> float | None:

@@ -290,24 +290,31 @@ class Ledger:
 
         `may_start` says whether jobs of the route with that name may start now; urgent ones start anyway.
         """
-        while row := self._claimable(now, may_start):  # a worker that asks in vain must not take the write lock
+        # `may_start` may ask a cluster: never under the write lock. Nor does a worker take that to ask in vain.
+        while row := self._claimable(now, closed := self._closed(now, may_start)):
+            goes_on = row["urgent"] or may_start is None or may_start(row["route"])
+            if not goes_on and row["state"] != "running":
+                continue  # it was queued since the routes were looked at
             with self.transaction():
-                if self._claimable(now, may_start) != row:
+                if self._claimable(now, closed) != row:
                     continue  # another worker was faster, or something better came
                 reason = ""
                 if row["state"] == "running":
                     reason = f"the lease of {row['lease_owner']} ran out"
                     self.set_job(row["id"], "failed", now=now, code="lease", reason=reason, run_after=now)
-                    if not (row["urgent"] or may_start is None or may_start(row["route"])):
+                    if not goes_on:
                         continue  # it goes on when its window opens
                 self.set_job(row["id"], "running", now=now, reason=reason, lease_owner=owner, lease_until=now + lease_s,
                              attempts=row["attempts"] + 1, started_at=now, progress=None)
                 return self.job(row["id"])
         return None
 
-    def _claimable(self, now: float, may_start: Callable[[str], bool] | None) -> dict[str, Any] | None:
-        closed = [] if may_start is None else [
+    def _closed(self, now: float, may_start: Callable[[str], bool] | None) -> list[str]:
+        """The routes whose waiting jobs may not start now."""
+        return [] if may_start is None else [
             row["route"] for row in self.query(SQL["waiting_routes"], {"now": now}) if not may_start(row["route"])]
+
+    def _claimable(self, now: float, closed: list[str]) -> dict[str, Any] | None:
         return self._one(SQL["claimable"], {"now": now, "closed": json.dumps(closed)})
 
     def running_jobs(self) -> list[dict[str, Any]]:

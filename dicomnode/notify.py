@@ -6,7 +6,10 @@ alerts.urls_file at each use and named by their line only.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -112,7 +115,8 @@ class Sender:
         if self._child is None:
             return ""
         child, self._child = self._child, None
-        child.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)  # with what it started: that would keep our end of the pipe open
         assert child.stdout is not None
         with child.stdout:
             said = child.stdout.read()

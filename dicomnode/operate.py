@@ -6,6 +6,7 @@ study or accession number it must leave one choice: what would touch two jobs is
 
 from __future__ import annotations
 
+import json
 from collections.abc import Set
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from dicomnode.errors import NotFound, RefusedInput
 from dicomnode.ledger import Ledger
 from dicomnode.retention import require_files
+from dicomnode.states import OTHER_IMAGE
 
 __all__ = ["Done", "cancel", "hold", "release", "retry", "urgent", "urgent_memo"]
 
@@ -60,6 +62,7 @@ def retry(ledger: Ledger, target: str, *, now: float, actor: str) -> Done:
             peers = ", ".join(delivery["peer"] for delivery in dead)
             return Done(job["series_uid"], job["id"], state, f"the delivery to {peers} is tried again")
         require_files(ledger, filter(None, [job["series_uid"], job["guide_series_uid"]]))
+        _revive(ledger, dead, now=now)  # or what is computed again would wait for nobody
         ledger.set_job(job["id"], "queued", now=now, code="operator", reason="retry", actor=actor, attempts=0,
                        run_after=now, progress=None, finished_at=None)
         return Done(job["series_uid"], job["id"], "queued", "the job is queued again")
@@ -100,6 +103,8 @@ def release(ledger: Ledger, target: str, *, now: float, actor: str) -> Done:
                                    f"sent. Remedy: `dicomnode retry job:{job['id']}` computes it again.")
             ledger.set_job(job["id"], "queued", now=now, code="operator", reason=why, actor=actor, finished_at=None)
             return Done(job["series_uid"], job["id"], "queued", "the job goes on")
+        if job["code"] == OTHER_IMAGE:
+            _send_anew(ledger, job, now=now)
         for peer in job["send_to"]:
             db.execute("INSERT OR IGNORE INTO delivery (job_id, peer, state, next_at, created_at) "
                        "VALUES (?, ?, 'waiting', ?, ?)", (job["id"], peer, now, now))
@@ -225,11 +230,24 @@ def _dead(ledger: Ledger, job_id: int) -> list[dict[str, Any]]:
     return [row for row in ledger.deliveries(job_id) if row["state"] == "dead"]
 
 
-def _revive(ledger: Ledger, dead: list[dict[str, Any]], *, now: float) -> None:
-    """Dead deliveries wait again; their age counts from now, or they would be given up at once."""
-    for delivery in dead:
+def _revive(ledger: Ledger, deliveries: list[dict[str, Any]], *, now: float) -> None:
+    """The deliveries wait again; their age counts from now, or they would be given up at once."""
+    for delivery in deliveries:
         ledger.set_delivery(delivery["id"], "waiting", now=now, reason="retried by a person", next_at=now, attempts=0,
                             proofs=0, prove_at=None, created_at=now)
+
+
+def _send_anew(ledger: Ledger, job: dict[str, Any], *, now: float) -> None:
+    """Every peer gets the series that was computed again: what was answered to the one before counts no more."""
+    report = json.loads((ledger.path.parent / job["derived_path"] / "report.json").read_text(encoding="utf-8"))
+    with ledger.transaction() as db:
+        db.execute("UPDATE job SET derived_series_uid = ?, derived_instances = ?, built_at = ?, purged_at = NULL, "
+                   "report = ? WHERE id = ?", (report["derived_series_uid"], report["derived_instances"], now,
+                                               json.dumps(report), job["id"]))
+        for delivery in ledger.deliveries(job["id"]):
+            db.execute("DELETE FROM delivery_instance WHERE delivery_id = ?", (delivery["id"],))
+            db.execute("UPDATE commitment SET items = '[]' WHERE delivery_id = ?", (delivery["id"],))
+        _revive(ledger, ledger.deliveries(job["id"]), now=now)
 
 
 def _label(row: dict[str, Any]) -> str:

@@ -83,7 +83,7 @@ def sweep_work(ledger: Ledger, spool: Spool) -> int:
     """
     folders = list((spool.data_dir / "work").iterdir())
     running = {str(job["id"]) for job in ledger.running_jobs()}  # asked after the listing: a new job's folder is safe
-    orphans = [folder for folder in folders if folder.is_dir() and folder.name not in running]
+    orphans = [folder for folder in folders if folder.is_dir() and folder.name.partition(".")[0] not in running]
     orphans += [folder for folder in (spool.data_dir / "checkpoints").iterdir() if not _goes_on(ledger, folder.name)]
     for folder in orphans:
         shutil.rmtree(folder, ignore_errors=True)

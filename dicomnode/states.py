@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["JOB_STATES", "JOB_TRANSITIONS", "SERIES_STATES", "SERIES_TRANSITIONS", "after_deliveries", "may_follow"]
+__all__ = ["JOB_STATES", "JOB_TRANSITIONS", "OTHER_IMAGE", "SERIES_STATES", "SERIES_TRANSITIONS", "after_deliveries",
+           "may_follow"]
+
+#: Code of a held job: of what a peer has something, the files were lost, and another image was computed.
+OTHER_IMAGE = "other-image"
 
 SERIES_TRANSITIONS: dict[str, frozenset[str]] = {
     # receiving: instances still come.  complete: proven whole.  matched: a job exists.

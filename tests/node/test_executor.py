@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from dicomnode import operate
 from dicomnode.executor import LOST_LIMIT, Executor
 from dicomnode.ledger import NewJob
 from dicomnode.runner import ChildRunner
@@ -91,6 +93,86 @@ def test_a_ledger_that_cannot_be_written_does_not_end_the_executor(line: Line, m
     monkeypatch.setattr("dicomnode.executor.LEDGER_WAIT_S", 0.0)
     child(line, "").run(stop)
     assert len(asked) == 3
+
+
+def test_an_outcome_that_cannot_be_written_ends_neither_worker_nor_job(
+        line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Locked as a job ends: other devices go on, and after its lease the series is entered without computing."""
+    job_id = queued(line)
+    stop, built, programs = threading.Event(), line.ledger.built, iter(["build()", "sys.exit('must not run')"])
+
+    def locked(*_: object, **__: object) -> bool:
+        monkeypatch.setattr(line.ledger, "built", built)
+        line.now += 61
+        raise sqlite3.OperationalError("database is locked")
+
+    def run_job(self: Executor, job: dict[str, Any], stop: threading.Event) -> None:
+        self._runner = ChildRunner(command=(sys.executable, "-I", "-c", PRELUDE + next(programs)))
+        real(self, job, stop)
+        stop.set()
+
+    real = Executor.run_job
+    monkeypatch.setattr(line.ledger, "built", locked)
+    monkeypatch.setattr(Executor, "run_job", run_job)
+    monkeypatch.setattr("dicomnode.executor.LEDGER_WAIT_S", 0.0)
+    child(line, "").run(stop)
+    assert line.ledger.job(job_id)["state"] == "built" and work_folders(line) == []
+
+
+def test_an_attempt_whose_lease_ran_out_does_not_disturb_the_one_that_took_it_up(line: Line) -> None:
+    """The clock leaps, another device takes the job: the first one's folder, failure and series touch nothing of it."""
+    job_id = queued(line)
+    first = line.ledger.claim("first", now=line.now, lease_s=5)
+    assert first is not None
+    line.now += 60
+    second = line.ledger.claim("second", now=line.now, lease_s=5)
+    assert second is not None and second["id"] == job_id
+    folder = line.spool.data_dir / "work" / f"{job_id}.{second['attempts']}"
+    folder.mkdir()
+    for program in ("sys.exit(3)", "build()", 'say(kind="refused", code="gate", reason="r", remedy="m")'):
+        child(line, program).run_job(first, threading.Event())
+        row = line.ledger.job(job_id)
+        assert (row["state"], row["lease_owner"], row["attempts"]) == ("running", "second", 2)
+    assert folder.is_dir() and list((line.spool.data_dir / "derived").iterdir()) == []
+
+
+@pytest.mark.parametrize("other", ["2.25.77", "2.25.78"])
+def test_another_image_than_the_one_that_was_sent_is_held(line: Line, other: str) -> None:
+    """Files lost after a part was sent, and computed again the bytes differ: held, and only a person sends it."""
+    job_id = queued(line)
+    job = attempt(line, child(line, "build()"))
+    (delivery,) = line.ledger.deliveries(job_id)
+    line.ledger.set_job(job_id, "sending", now=line.now)
+    line.ledger.put_statuses(delivery["id"], [("2.25.77.0", 0, "")], now=line.now)
+    line.ledger.set_job(job_id, "held", now=line.now, code="derived-lost", derived_path=None)
+    shutil.rmtree(line.spool.absolute(job["derived_path"]))
+    different = PRELUDE.replace('b"derived"', 'b"other"').replace("2.25.77", other)
+    executor = Executor(line.config, line.ledger, line.spool, clock=line.clock, full_settings=full_settings_here,
+                        runner=ChildRunner(command=(sys.executable, "-I", "-c", different + "build()")))
+    for _ in range(2):  # a retry does not wash it clean
+        operate.retry(line.ledger, f"job:{job_id}", now=line.now, actor="me")
+        job = attempt(line, executor)
+        assert (job["state"], job["code"], job["derived_series_uid"]) == ("held", "other-image", "2.25.77")
+        assert "PACS" in job["reason"] and line.ledger.due_deliveries(now=line.now) == []
+    operate.release(line.ledger, f"job:{job_id}", now=line.now, actor="me")
+    job = line.ledger.job(job_id)
+    assert (job["state"], job["derived_series_uid"]) == ("built", other)
+    assert [row["id"] for row in line.ledger.due_deliveries(now=line.now)] == [delivery["id"]]
+    assert line.ledger.statuses(delivery["id"]) == {}, "all of it is sent"
+
+
+def test_the_same_image_computed_again_goes_on_being_sent(line: Line) -> None:
+    """Files lost after a part was sent: the same bytes again, and the peer gets what it lacks."""
+    job_id = queued(line)
+    job = attempt(line, child(line, "build()"))
+    (delivery,) = line.ledger.deliveries(job_id)
+    line.ledger.set_job(job_id, "sending", now=line.now)
+    line.ledger.put_statuses(delivery["id"], [("2.25.77.0", 0, "")], now=line.now)
+    line.ledger.set_job(job_id, "held", now=line.now, code="derived-lost", derived_path=None)
+    shutil.rmtree(line.spool.absolute(job["derived_path"]))
+    operate.retry(line.ledger, f"job:{job_id}", now=line.now, actor="me")
+    assert attempt(line, child(line, "build()"))["state"] == "built"
+    assert line.ledger.statuses(delivery["id"]) == {"2.25.77.0": 0}
 
 
 def test_a_built_series_is_moved_whole_to_its_place_and_entered_with_its_deliveries(line: Line) -> None:

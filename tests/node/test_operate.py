@@ -76,6 +76,19 @@ def test_retry_of_a_dead_delivery_sends_again_and_computes_nothing(ledger):
     assert ledger.deliveries(job)[1]["created_at"] == 100_000, "or it would be given up again at once"
 
 
+def test_retry_of_a_dead_delivery_whose_series_is_gone_computes_it_and_sends_again(ledger):
+    """Or the job, computed anew, would stay built for ever: nobody waited for it."""
+    arrive(ledger)
+    job = queue(ledger)
+    build(ledger, job)
+    give_up(ledger, job)
+    with ledger.transaction() as db:
+        db.execute("UPDATE job SET derived_path = NULL WHERE id = ?", (job,))
+    assert operate.retry(ledger, "A7", now=100, actor="mia").state == "queued"
+    build(ledger, job)
+    assert [row["peer"] for row in ledger.due_deliveries(now=100_000)] == ["SECOND"]
+
+
 def test_retry_of_a_held_series_looks_at_it_again(ledger):
     """Nothing is released: the same finding would hold it again."""
     arrive(ledger)
