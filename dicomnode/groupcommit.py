@@ -17,11 +17,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from dicomnode.errors import NodeError
+from dicomnode.errors import CannotUnderstand, NodeError
 from dicomnode.ledger import InstanceRow, Kept, Ledger
 from dicomnode.logs import get_logger
 from dicomnode.retention import restored
 from dicomnode.spool import Spool
+from dicomnode.spoolcheck import healed
+from dicomnode.stored import sha256_of
 
 __all__ = ["GroupCommitter"]
 
@@ -108,16 +110,20 @@ class GroupCommitter:
                 self._turn.notify_all()
 
     def _restore(self, written: Path, known: dict[str, object], row: InstanceRow) -> None:
-        """A resend of bytes we know heals an object that is missing or short on disk, or was removed ([retention])."""
+        """A resend of bytes we know heals an object that is missing or damaged, or was removed ([retention])."""
         place = self._spool.absolute(str(known["path"]))
         series = self._looking.query("SELECT purged_at FROM series WHERE series_uid = ?", (known["series_uid"],))
-        if _whole(place, known) and series[0]["purged_at"] is None:
+        if _sound(place, known) and series[0]["purged_at"] is None:
             return
-        with self._ledger.transaction():  # nobody removes files of the series meanwhile, or any more
-            if not _whole(place, known):
+        with self._ledger.transaction() as db:  # nobody removes files of the series meanwhile, or any more
+            if not _sound(place, known):
                 self._spool.publish(written, place)
+                healed(self._ledger, str(known["series_uid"]), now=row.received_at)
+                # File meta information is of this request: its sender's AE title may be longer than the first one's.
+                db.execute("UPDATE instance SET bytes = ?, transfer_syntax_uid = ? WHERE sop_instance_uid = ?",
+                           (row.bytes, row.transfer_syntax_uid, row.sop_instance_uid))
             restored(self._ledger, str(known["series_uid"]), now=row.received_at, actor=row.calling_ae)
-        log.warning("A stored object was missing or short and is restored from a resend.", action="object_restored",
+        log.warning("A stored object was missing or damaged and is restored from a resend.", action="object_restored",
                     sop_instance_uid=known["sop_instance_uid"])
 
     def _run(self) -> None:
@@ -142,5 +148,9 @@ class GroupCommitter:
             arrived.outcome.set_result(kept)
 
 
-def _whole(place: Path, known: dict[str, object]) -> bool:
-    return place.is_file() and place.stat().st_size == known["bytes"]
+def _sound(place: Path, known: dict[str, object]) -> bool:
+    """Whether the object is there as it came, byte for byte."""
+    try:
+        return place.stat().st_size == known["bytes"] and sha256_of(place) == known["sha256"]
+    except (OSError, CannotUnderstand):
+        return False

@@ -56,6 +56,7 @@ CREATE TABLE IF NOT EXISTS series (
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS series_study ON series (study_uid);
 CREATE INDEX IF NOT EXISTS series_state ON series (state, last_at);
+CREATE INDEX IF NOT EXISTS series_accession ON series (accession_number);  -- since version 3
 
 CREATE TABLE IF NOT EXISTS job (
     id                 INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -112,6 +113,7 @@ CREATE TABLE IF NOT EXISTS delivery (
     prove_at   REAL,                        -- delivered: when to look after the proof (since version 3)
     UNIQUE (job_id, peer)
 );
+CREATE INDEX IF NOT EXISTS delivery_state ON delivery (state, next_at);  -- since version 3
 CREATE INDEX IF NOT EXISTS delivery_proof ON delivery (prove_at) WHERE prove_at IS NOT NULL;
 
 CREATE TABLE IF NOT EXISTS delivery_instance (
@@ -139,6 +141,7 @@ CREATE TABLE IF NOT EXISTS event (
 );
 CREATE INDEX IF NOT EXISTS event_study ON event (study_uid, id);
 CREATE INDEX IF NOT EXISTS event_series ON event (series_uid, id);
+CREATE INDEX IF NOT EXISTS event_job ON event (job_id, code) WHERE job_id IS NOT NULL;  -- since version 3
 
 CREATE TABLE IF NOT EXISTS psf (            -- the PSF library (since version 2)
     id               INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -180,7 +183,7 @@ CREATE TABLE IF NOT EXISTS commitment_request (  -- storage commitment that a pe
     transaction_uid TEXT NOT NULL,
     calling_ae      TEXT NOT NULL,
     address         TEXT NOT NULL,
-    items           TEXT NOT NULL,          -- JSON: [[SOP Class UID, SOP Instance UID], ...]
+    items           TEXT NOT NULL,          -- JSON: [[SOP Class UID, SOP Instance UID], ...]; [] once it is over
     state           TEXT NOT NULL,          -- waiting, answered, given-up
     reason          TEXT NOT NULL DEFAULT '',
     attempts        INTEGER NOT NULL DEFAULT 0,
@@ -299,14 +302,23 @@ ON CONFLICT (kind, source) DO UPDATE SET
     at = excluded.at, forgotten_at = CASE WHEN excluded.kind = 'measured' THEN NULL ELSE forgotten_at END;
 
 -- name: overview
--- One row per series: the newest job's state where there is one, else the series' own.
+-- One row per series: the newest job's state where there is one, else the series' own. {series}: all, or one of the next two.
 SELECT s.study_uid, s.series_uid, s.modality, s.accession_number, s.series_number, s.series_description,
        s.instances, s.calling_ae, s.first_at, s.last_at,
        s.state AS series_state, s.code AS series_code, s.reason AS series_reason, s.until,
        j.id AS job_id, j.state AS job_state, j.code AS job_code, j.reason AS job_reason, j.route, j.method, j.preset,
        j.guide_series_uid, j.attempts, j.progress, j.derived_series_uid, j.derived_instances,
        j.created_at, j.started_at, j.built_at, j.finished_at
-  FROM series s LEFT JOIN job j ON j.id = (SELECT max(id) FROM job WHERE job.series_uid = s.series_uid)
- WHERE (:study IS NULL OR s.study_uid = :study OR s.series_uid = :study OR s.accession_number = :study
-        OR j.derived_series_uid = :study)
+  FROM {series} s LEFT JOIN job j ON j.id = (SELECT max(id) FROM job WHERE job.series_uid = s.series_uid)
  ORDER BY s.first_at DESC, s.series_uid LIMIT :limit;
+
+-- name: named_series
+SELECT * FROM series WHERE series_uid IN (
+    SELECT series_uid FROM series WHERE study_uid = :study
+    UNION SELECT series_uid FROM series WHERE series_uid = :study
+    UNION SELECT series_uid FROM series WHERE accession_number = :study
+    UNION SELECT series_uid FROM job WHERE derived_series_uid = :study)
+
+-- name: active_series
+SELECT * FROM series WHERE state = 'held' OR series_uid IN (
+    SELECT series_uid FROM job WHERE state IN ('held', 'running'))

@@ -39,8 +39,9 @@ def on_connected(event: evt.Event) -> None:
     if transport is None or transport.socket is None:
         return
     transport.socket.settimeout(association.network_timeout)  # pynetdicom leaves it without one
-    association.kill = partial(_kill, association, association.kill)
-    association.dul.send_pdu = partial(_send_pdu, association.dul, association.dul.send_pdu)
+    association.kill = partial(_kill, association, association.kill)  # type: ignore[method-assign]
+    upper_layer = association.dul
+    upper_layer.send_pdu = partial(_send_pdu, upper_layer, upper_layer.send_pdu)  # type: ignore[method-assign]
 
 
 def _kill(association: Association, kill: Any) -> None:

@@ -25,6 +25,7 @@ CERTIFICATE_WARN_DAYS, CERTIFICATE_LAST_DAYS = 30.0, 7.0
 SETTLING_S = 120.0        # what mends itself within this was never worth a message: a restart, a slow disk
 PEER_SILENT_S = 3600.0    # deliveries to a peer fail for so long
 SOURCE_SILENT_S = 900.0
+UNTOLD_S = 3 * 86400.0    # after a request for storage commitment, which is given up after a day
 RESTARTS, RESTARTS_S = 3, 3600.0
 SLOWEST_HEARTBEATS = 6    # a worker that missed so many is stale
 LATE_CLOCK_S = 60.0
@@ -71,7 +72,7 @@ class Machine:
 def find(ledger: Ledger, config: Config, machine: Machine, *, now: float) -> list[Trouble]:
     """All that is wrong at `now`, the worst kind first; no key twice."""
     return [*_machine(config, machine, now), *_workers(ledger, config, now), *_cluster(ledger), *_studies(ledger),
-            *_deliveries(ledger, now), *_sources(ledger, config)]
+            *_deliveries(ledger, now), *_reports(ledger, now), *_sources(ledger, config)]
 
 
 def _machine(config: Config, machine: Machine, now: float) -> Iterator[Trouble]:
@@ -161,6 +162,16 @@ def _deliveries(ledger: Ledger, now: float) -> Iterator[Trouble]:
     for row in ledger.query(waiting, (now - PEER_SILENT_S,)):
         yield Trouble(f"peer:{row['peer']}", "warning", f"{row['n']} deliveries to {row['peer']} fail since "
                       f"{_minutes(now - row['since'])} and are tried again. Remedy: dicomnode check")
+
+
+def _reports(ledger: Ledger, now: float) -> Iterator[Trouble]:
+    """Peers that asked whether their objects are safe here and could not be told."""
+    for row in ledger.query("SELECT calling_ae, count(*) AS n FROM commitment_request WHERE state = 'given-up' "
+                            "AND asked_at > ? GROUP BY calling_ae", (now - UNTOLD_S,)):
+        name = "".join(char for char in row["calling_ae"][:16] if char.isprintable())
+        yield Trouble(f"commitment:{name}", "warning", f"{row['n']} request{'s' * (row['n'] > 1)} of {name} for "
+                      "storage commitment could not be answered. Remedy: peer.port must be where it listens; it may "
+                      "have to ask again")
 
 
 def _sources(ledger: Ledger, config: Config) -> Iterator[Trouble]:

@@ -6,7 +6,6 @@ out on the same association where that stays open, and else on a new one: `Repor
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 import sqlite3
@@ -17,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydicom import filereader
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence as DicomSequence
 from pydicom.uid import UID, ExplicitVRLittleEndian, ImplicitVRLittleEndian
@@ -26,11 +24,12 @@ from pynetdicom import build_context, build_role
 from dicomnode import scu
 from dicomnode.config import Config, Peer
 from dicomnode.delivery import backoff_s
-from dicomnode.errors import NodeError, PeerUnreachable
+from dicomnode.errors import CannotUnderstand, NodeError, PeerUnreachable
 from dicomnode.headers import items, text
 from dicomnode.ledger import Ledger
 from dicomnode.logs import get_logger
 from dicomnode.spool import Spool, valid_uid
+from dicomnode.stored import sha256_of
 
 __all__ = ["PUSH_MODEL", "PUSH_MODEL_INSTANCE", "BadRequest", "Reporter", "Request", "Verdict", "answered", "enter",
            "event_report", "read_request", "verify"]
@@ -81,17 +80,21 @@ def read_request(information: Dataset) -> Request:
 
 
 def enter(ledger: Ledger, request: Request, *, calling_ae: str, address: str, now: float) -> None:
-    """Durable on return. The same request again is answered again; the same UID for other objects: BadRequest."""
+    """Durable on return. The same request again is answered again.
+
+    Raises BadRequest where the transaction is still open for other objects.
+    """
     asked = json.dumps(request.items)
     with ledger.transaction() as db:
-        old = db.execute("SELECT items FROM commitment_request WHERE transaction_uid = ? AND calling_ae = ?",
-                         (request.transaction_uid, calling_ae)).fetchone()
+        old = db.execute("SELECT items FROM commitment_request WHERE transaction_uid = ? AND calling_ae = ? "
+                         "AND state = 'waiting'", (request.transaction_uid, calling_ae)).fetchone()
         if old is not None and old["items"] != asked:
-            raise BadRequest("this TransactionUID was used for other objects")
+            raise BadRequest("this TransactionUID is in use for other objects")
         db.execute(
             "INSERT INTO commitment_request (transaction_uid, calling_ae, address, items, state, asked_at, next_at) "
             "VALUES (?, ?, ?, ?, 'waiting', ?, ?) ON CONFLICT (transaction_uid, calling_ae) DO UPDATE SET "
-            "state = 'waiting', reason = '', attempts = 0, asked_at = excluded.asked_at, next_at = excluded.next_at",
+            "items = excluded.items, address = excluded.address, state = 'waiting', reason = '', attempts = 0, "
+            "asked_at = excluded.asked_at, next_at = excluded.next_at, answered_at = NULL",
             (request.transaction_uid, calling_ae, address, asked, now, now + SAME_ASSOCIATION_S))
         ledger.event("reception", now=now, code="commitment", actor=calling_ae, to_state="waiting",
                      reason=f"commitment to {len(request.items)} objects is asked for, transaction "
@@ -106,8 +109,9 @@ def answered(ledger: Ledger, transaction_uid: str, calling_ae: str, *, now: floa
 
 def _close(ledger: Ledger, transaction_uid: str, calling_ae: str, state: str, *, now: float, reason: str) -> None:
     with ledger.transaction() as db:
+        # The items go: a request may name ten thousand, and those of a year would make much of the ledger.
         changed = db.execute(
-            "UPDATE commitment_request SET state = ?, reason = ?, answered_at = ? "
+            "UPDATE commitment_request SET state = ?, reason = ?, answered_at = ?, items = '[]' "
             "WHERE transaction_uid = ? AND calling_ae = ? AND state = 'waiting'",
             (state, reason, now if state == "answered" else None, transaction_uid, calling_ae)).rowcount
         if changed:
@@ -133,7 +137,7 @@ def verify(ledger: Ledger, spool: Spool, asked: Sequence[Item], *, calling_ae: s
     failed: list[tuple[str, str, int]] = []
     for sop_class, uid in asked:
         row = known.get(uid)
-        if row is None or row["purged_at"] is not None:
+        if row is None or (row["purged_at"] is not None and row["received_at"] <= row["purged_at"]):
             failed.append((sop_class, uid, NO_SUCH_OBJECT))
         elif row["sop_class_uid"] != sop_class:
             failed.append((sop_class, uid, CLASS_CONFLICT))
@@ -146,24 +150,13 @@ def verify(ledger: Ledger, spool: Spool, asked: Sequence[Item], *, calling_ae: s
 
 def _on_disk(path: Path, row: sqlite3.Row, read_all: bool) -> bool:
     try:
-        whole = path.stat().st_size == row["bytes"] and (not read_all or _digest(path) == row["sha256"])
-    except OSError:
+        whole = path.stat().st_size == row["bytes"] and (not read_all or sha256_of(path) == row["sha256"])
+    except (OSError, CannotUnderstand):
         whole = False
     if not whole:
         log.error("An object that was received is missing or damaged on disk: no commitment.", action="object_damaged",
                   sop_instance_uid=row["sop_instance_uid"])
     return whole
-
-
-def _digest(path: Path) -> str:
-    """SHA-256 of the data set, as the ledger keeps it: without file meta information."""
-    with path.open("rb") as file:
-        filereader.read_preamble(file, False)
-        filereader._read_file_meta_info(file)
-        digest = hashlib.sha256()
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def event_report(transaction_uid: str, verdict: Verdict, *, ae_title: str) -> tuple[int, Dataset]:

@@ -14,7 +14,9 @@ import pytest
 
 from dicomnode.errors import NodeError
 from dicomnode.groupcommit import GroupCommitter
+from dicomnode.intake import Request, file_meta
 from dicomnode.ledger import InstanceRow, Kept, Ledger
+from dicomnode.services.commitscp import verify
 from dicomnode.spool import Spool
 from tests.node.test_states import instance
 
@@ -27,12 +29,13 @@ class Node:
         self.ledger = Ledger(self.spool.ledger_path)
         self.committer = GroupCommitter(self.spool, self.ledger)
 
-    def keep(self, number: int, content: bytes = b"first") -> Kept:
-        """An object of series 1.2.1 whose bytes are `content`."""
+    def keep(self, number: int, content: bytes = b"first", *, meta: bytes = b"") -> Kept:
+        """An object of series 1.2.1 whose bytes are `content`, behind file meta information."""
         handle, written = self.spool.create_incoming()
-        os.write(handle, content)
+        os.write(handle, meta + content)
         os.close(handle)
-        row = replace(instance("1.2.1", f"1.2.1.{number}", content.decode(), now=number), path="", bytes=len(content))
+        row = replace(instance("1.2.1", f"1.2.1.{number}", content.decode(), now=number), path="",
+                      bytes=len(meta + content))
         try:
             return self.committer.keep(written, row, timeout_s=20)
         finally:
@@ -129,3 +132,34 @@ def test_closing_commits_what_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert [outcome.result(10) for outcome in outcomes] == ["new"] * 8
     assert len(node.ledger.instances("1.2.1")) == 8
     node.ledger.close()
+
+
+def meta_from(calling_ae: str) -> bytes:
+    return file_meta(Request("1.2", "1.2.1.1", "1.2.840.10008.1.2", calling_ae))
+
+
+def whole_by_the_ledger(node: Node) -> bool:
+    """As storage commitment and repair judge it."""
+    verdict = verify(node.ledger, node.spool, [("1.2", "1.2.1.1")], calling_ae="SCANNER")
+    return not verdict.failed
+
+
+def test_an_object_restored_by_another_sender_is_whole_for_the_ledger(node: Node) -> None:
+    """The PACS, whose AE title is longer than the scanner's, sends again what was lost: it can be committed to."""
+    node.keep(1, meta=meta_from("CT"))
+    path = node.spool.object_path("1", "1.2.1", "1.2.1.1")
+    path.unlink()
+    assert node.keep(1, meta=meta_from("LONGERARCHIVE")) == "repeat"
+    assert path.read_bytes() == meta_from("LONGERARCHIVE") + b"first"
+    assert node.ledger.known("1.2.1.1")["bytes"] == path.stat().st_size
+    assert whole_by_the_ledger(node)
+
+
+def test_an_object_whose_bytes_rotted_is_healed_by_a_resend(node: Node) -> None:
+    """Its length did not change: the digest tells, and 0x0000 for the resend means that it is safe again."""
+    node.keep(1, meta=meta_from("CT"))
+    path = node.spool.object_path("1", "1.2.1", "1.2.1.1")
+    path.write_bytes(meta_from("CT") + b"fi\0st")
+    assert not whole_by_the_ledger(node)
+    assert node.keep(1, meta=meta_from("CT")) == "repeat"
+    assert path.read_bytes() == meta_from("CT") + b"first" and whole_by_the_ledger(node)

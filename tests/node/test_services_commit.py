@@ -21,6 +21,8 @@ from dicomnode.ledger import Ledger
 from dicomnode.services import commitscp
 from dicomnode.services.commitscp import Reporter, Request, enter, verify
 from dicomnode.spool import Spool
+from dicomnode.stored import sha256_of
+from dicomnode.troubles import Machine, find
 from tests.factories import ct_series
 from tests.node.line import Line
 from tests.node.spoolpeers import PUSH_MODEL, PUSH_MODEL_INSTANCE, peers, send
@@ -93,7 +95,7 @@ def kept(line: Line, datasets: Sequence[Dataset]) -> list[Path]:
         path = line.spool.absolute(row["path"])
         with line.ledger.transaction() as db:
             db.execute("UPDATE instance SET sha256 = ? WHERE sop_instance_uid = ?",
-                       (commitscp._digest(path), ds.SOPInstanceUID))
+                       (sha256_of(path), ds.SOPInstanceUID))
         paths.append(path)
     return paths
 
@@ -126,8 +128,19 @@ def test_what_was_purged_is_no_longer_held(line):
     slices = ct_series(slices=1)
     kept(line, slices)
     with line.ledger.transaction() as db:
-        db.execute("UPDATE series SET purged_at = 1")
+        db.execute("UPDATE series SET purged_at = ?", (line.now + 1,))
     assert list(verdict(line, asked_of(slices)).values()) == [0x0112]
+
+
+def test_what_came_after_a_purge_is_held(line):
+    """A late slice of a series whose files were removed lies on disk: it can be committed to."""
+    early, late = ct_series(slices=2)
+    kept(line, [early])
+    with line.ledger.transaction() as db:
+        db.execute("UPDATE series SET purged_at = ?", (line.now + 1,))
+    line.now += 2
+    kept(line, [late])
+    assert list(verdict(line, asked_of([early, late])).values()) == [0, 0x0112]
 
 
 def test_bytes_that_were_only_put_aside_are_not_committed_to(line):
@@ -285,6 +298,32 @@ def test_a_peer_that_is_down_is_asked_again_for_a_day(tmp_path):
     assert owing.after(0)["attempts"] == 1
     assert owing.after(commitscp.GIVE_UP_S)["state"] == "given-up"
     assert owing.ledger.events()[-1]["to_state"] == "given-up"
+
+
+def test_a_transaction_that_is_over_keeps_no_list_and_its_uid_may_be_used_again(tmp_path):
+    """The lists of a year would make much of the ledger; one that is still owed may not be changed."""
+    with Listener() as pacs:
+        owing = Owing(tmp_path, port=pacs.port)
+        other = Request("1.2.60", ((CT, "1.2.4"),))
+        with pytest.raises(commitscp.BadRequest, match="in use"):
+            enter(owing.ledger, other, calling_ae="PACS", address="127.0.0.1", now=owing.now)
+        row = owing.after(30)
+        assert (row["state"], row["items"]) == ("answered", "[]")
+        enter(owing.ledger, other, calling_ae="PACS", address="127.0.0.1", now=owing.now)
+        assert owing.after(30)["state"] == "answered"
+    assert pacs.reports[1][1].FailedSOPSequence[0].ReferencedSOPInstanceUID == "1.2.4"
+
+
+def test_a_report_that_was_given_up_is_a_trouble_for_two_days(tmp_path):
+    """The peer believes that nothing is safe here, or waits for ever: a person is told whom to ask."""
+    owing = Owing(tmp_path, port=free_port())
+    machine = Machine(free_bytes=2**40)
+    owing.after(30)
+    assert not find(owing.ledger, owing.config, machine, now=owing.now)
+    owing.after(commitscp.GIVE_UP_S)
+    (trouble,) = find(owing.ledger, owing.config, machine, now=owing.now)
+    assert trouble.key == "commitment:PACS" and "1 request" in trouble.text
+    assert not find(owing.ledger, owing.config, machine, now=owing.now + 3 * 86400)
 
 
 def test_a_report_that_the_peer_refuses_is_sent_again(tmp_path):
