@@ -42,7 +42,8 @@ def text(ledger: Ledger, config: Config, *, now: float, free_bytes: int, day: st
 def _came(ledger: Ledger, since: float) -> Iterator[str]:
     rows = ledger.query("SELECT modality, count(*) AS n, sum(state = 'ignored') AS ignored FROM series "
                         "WHERE last_at >= ? GROUP BY modality ORDER BY modality", (since,))
-    instances = ledger.query("SELECT count(*) AS n FROM instance WHERE received_at >= ?", (since,))[0]["n"]
+    instances = ledger.query("SELECT count(*) AS n FROM instance WHERE received_at >= ? AND series_uid IN "
+                             "(SELECT series_uid FROM series WHERE last_at >= ?)", (since, since))[0]["n"]
     series = ", ".join(f"{row['n']} {row['modality'] or 'unnamed'}" + (
         f" ({row['ignored']} not to be processed)" if row["ignored"] else "") for row in rows)
     yield f"received: {instances} instances" + (f"; series: {series}" if rows else "")

@@ -478,21 +478,29 @@ class Ledger:
 
     # --- looking
 
-    def overview(self, study: str | None = None, *, limit: int = 100_000) -> list[dict[str, Any]]:
-        """One row per series, newest first; `study`: only that study, series, derived series or accession number."""
-        return [dict(row) for row in self.query(SQL["overview"], {"study": study, "limit": limit})]
+    def overview(self, study: str | None = None, *, active: bool = False,
+                 limit: int = 100_000) -> list[dict[str, Any]]:
+        """One row per series, newest first; `study`: only that study, series, derived series or accession number.
+
+        active  only what is held or runs, or a job of it is or does.
+        """
+        only = "active_series" if active else "named_series" if study is not None else ""
+        sql = SQL["overview"].format(series=f"({SQL[only]})" if only else "series")
+        return [dict(row) for row in self.query(sql, {"study": study, "limit": limit})]
 
     def events(self, *, study_uid: str | None = None, limit: int = 10_000) -> list[dict[str, Any]]:
         """History, oldest first."""
+        which = "" if study_uid is None else "WHERE study_uid = :study"
         return [dict(row) for row in self.query(
-            "SELECT * FROM (SELECT * FROM event WHERE ? IS NULL OR study_uid = ? ORDER BY id DESC LIMIT ?) ORDER BY id",
-            (study_uid, study_uid, limit))]
+            f"SELECT * FROM (SELECT * FROM event {which} ORDER BY id DESC LIMIT :limit) ORDER BY id",
+            {"study": study_uid, "limit": limit})]
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Rows by state: {"series": {...}, "job": {...}, "delivery": {...}, "instance": {"all": n}}."""
         found = {table: {row["state"]: row["n"] for row in self.query(
             f"SELECT state, count(*) AS n FROM {table} GROUP BY state")} for table in ("series", "job", "delivery")}
-        return found | {"instance": {"all": self.query("SELECT count(*) AS n FROM instance")[0]["n"]}}
+        # Not a count of the table instance: a year's has millions of rows.
+        return found | {"instance": {"all": self.query("SELECT coalesce(sum(instances), 0) AS n FROM series")[0]["n"]}}
 
 
 _JSON = frozenset({"settings", "send_to", "inputs", "progress", "report",

@@ -302,7 +302,7 @@ ON CONFLICT (kind, source) DO UPDATE SET
     at = excluded.at, forgotten_at = CASE WHEN excluded.kind = 'measured' THEN NULL ELSE forgotten_at END;
 
 -- name: overview
--- One row per series: the newest job's state where there is one, else the series' own. {series}: all, or one of the next two.
+-- One row per series, all or those of one of the next two: the newest job's state where there is one, else its own.
 SELECT s.study_uid, s.series_uid, s.modality, s.accession_number, s.series_number, s.series_description,
        s.instances, s.calling_ae, s.first_at, s.last_at,
        s.state AS series_state, s.code AS series_code, s.reason AS series_reason, s.until,

@@ -70,16 +70,14 @@ def show(ledger: Ledger, study: str) -> Json:
 
 def status(ledger: Ledger, *, free_bytes: int, now: float) -> Json:
     """The node at a glance: rows by state, who works, what runs, what waits for a person, and the disk."""
-    rows = ledger.overview()
-    views = [_series(row) for row in rows]
-    held = [view for view in views if view["state"] == "held"]
+    views = [_series(row) for row in ledger.overview(active=True)]
     return {
         "at": timestamp(now),
         "counts": ledger.counts(),
         "workers": _workers(ledger, now),
         "running": [view for view in views if view["state"] == "running"],
-        "held": held,
-        "last_received_at": timestamp(max((row["last_at"] for row in rows), default=None)),
+        "held": [view for view in views if view["state"] == "held"],
+        "last_received_at": timestamp(ledger.query("SELECT max(last_at) AS at FROM series")[0]["at"]),
         "free_bytes": free_bytes,
     }
 
