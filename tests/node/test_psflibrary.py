@@ -78,11 +78,12 @@ def given(ledger: Ledger, **options: Any) -> dict[str, Any]:
 def test_a_ledger_of_the_version_before_gets_the_table(tmp_path: Path) -> None:
     """Nothing else changes, and it is then of this version."""
     path = tmp_path / "ledger.sqlite3"
-    with Ledger(path) as ledger:
-        ledger.event("series", now=1.0, series_uid="1.2.3")
     db = sqlite3.connect(path)
+    db.executescript(Path(__file__).with_name("ledger_v2.sql").read_text(encoding="utf-8"))
     db.execute("DROP TABLE psf")
+    db.execute("INSERT INTO event (at, series_uid, kind) VALUES (1.0, '1.2.3', 'series')")
     db.execute("PRAGMA user_version = 1")
+    db.commit()
     db.close()
     with Ledger(path) as ledger:
         keep(ledger, 5.0)

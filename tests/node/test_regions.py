@@ -108,8 +108,8 @@ def test_a_region_that_went_wrong_is_held_for_its_reason(
     """What the gates cannot see, the check does; nothing is left behind."""
     deblur = pipeline._deconvolve
 
-    def wrong(*arguments: Any) -> Deconvolution:
-        result = deblur(*arguments)
+    def wrong(*arguments: Any, **named: Any) -> Deconvolution:
+        result = deblur(*arguments, **named)
         object.__setattr__(result, "image", result.image.with_array(change(result.image.array).astype(np.float32)))
         return result
 
