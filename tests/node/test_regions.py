@@ -13,11 +13,11 @@ from pydicom import dcmread
 from scipy import ndimage
 from typer.testing import CliRunner
 
-from deconv import Deconvolution
 from deconv.interpolate import doubled
 from dicomnode import pipeline
 from dicomnode.cli import app
 from dicomnode.pipeline import Failing, process
+from dicomnode.remote import Computed
 from dicomnode.uncertainty import UNCERTAINTY_FILE, load
 from sop.read import read_series
 from tests.factories import pet_series
@@ -108,10 +108,11 @@ def test_a_region_that_went_wrong_is_held_for_its_reason(
     """What the gates cannot see, the check does; nothing is left behind."""
     deblur = pipeline._deconvolve
 
-    def wrong(*arguments: Any, **named: Any) -> Deconvolution:
-        result = deblur(*arguments, **named)
-        object.__setattr__(result, "image", result.image.with_array(change(result.image.array).astype(np.float32)))
-        return result
+    def wrong(*arguments: Any, **named: Any) -> Computed:
+        computed = deblur(*arguments, **named)
+        image = computed.result.image
+        object.__setattr__(computed.result, "image", image.with_array(change(image.array).astype(np.float32)))
+        return computed
 
     monkeypatch.setattr(pipeline, "_deconvolve", wrong)
     with pytest.raises(Failing) as refused:
