@@ -14,7 +14,7 @@ import time
 from functools import partial
 from typing import Any
 
-from pynetdicom import evt
+from pynetdicom import _config, evt
 from pynetdicom.association import Association
 from pynetdicom.pdu_primitives import P_DATA, MaximumLengthNotification
 
@@ -23,6 +23,7 @@ __all__ = ["keep_answers_for_the_asker", "limit_pdu", "on_connected", "set_nodel
 ABORT_S = 2.0  # seconds that an A-ABORT may take to go out and be heard
 QUEUED = 32  # PDUs that wait to be sent; whoever sends more waits for the peer
 LARGEST_PDU = 131072  # bytes, to a peer that takes any: a whole object in one PDU would be held in memory
+_config.STORE_SEND_CHUNKED_DATASET = True  # an object that is given as a path goes out in pieces, as it lies
 
 
 def set_nodelay(event: evt.Event) -> None:

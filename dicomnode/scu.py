@@ -14,6 +14,7 @@ from typing import Any
 
 from pydicom import dcmread
 from pydicom.dataset import Dataset
+from pydicom.errors import InvalidDicomError
 from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 from pynetdicom import AE, build_context, evt
 from pynetdicom.association import Association
@@ -23,9 +24,11 @@ from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]
 from dicomnode import tls
 from dicomnode.config import Peer
 from dicomnode.errors import PeerUnreachable
+from dicomnode.headers import UNREADABLE
 from dicomnode.requesting import keep_answers_for_the_asker, limit_pdu, on_connected
 
-__all__ = ["Answer", "echo", "is_success", "is_warning", "leave", "named", "open_association", "send"]
+__all__ = ["Answer", "StoredObject", "echo", "is_success", "is_warning", "leave", "named", "open_association", "send",
+           "store"]
 
 # PS3.7 C.5.6 and C.4.2: what we write into the record where the peer left us no way to ask.
 SOP_CLASS_NOT_SUPPORTED = 0x0122
@@ -51,11 +54,19 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class _Item:
-    path: Path
+class StoredObject:
+    """One instance on disk."""
+
     sop_class_uid: str
     sop_instance_uid: str
-    transfer_syntax: UID
+    transfer_syntax_uid: str
+    path: Path
+
+    @classmethod
+    def read(cls, path: Path) -> StoredObject:
+        """From the header of a file. Raises what pydicom raises where it cannot be read."""
+        header = dcmread(path, stop_before_pixels=True, specific_tags=["SOPClassUID", "SOPInstanceUID"])
+        return cls(str(header.SOPClassUID), str(header.SOPInstanceUID), str(header.file_meta.TransferSyntaxUID), path)
 
 
 def is_success(status: int) -> bool:
@@ -84,36 +95,44 @@ def echo(peer: Peer, *, calling_ae: str, connect_timeout_s: float, dimse_timeout
         leave(association)
 
 
-def send(peer: Peer, files: Sequence[Path], *, calling_ae: str, connect_timeout_s: float, dimse_timeout_s: float,
-         on_answer: Callable[[Answer], None], stopped: Callable[[], bool] = lambda: False,
-         on_open: Callable[[Association], None] = lambda _: None) -> list[Answer]:
+def send(peer: Peer, files: Sequence[Path | StoredObject], *, calling_ae: str, connect_timeout_s: float,
+         dimse_timeout_s: float, on_answer: Callable[[Answer], None], stopped: Callable[[], bool] = lambda: False,
+         on_open: Callable[[Association], None] = lambda _: None,
+         originator: tuple[str, int] | None = None) -> list[Answer]:
     """Send DICOM files over one association; the last answer to each, in the order of `files`.
 
     Every answer is reported through `on_answer` as it comes. An instance that the peer does not store is sent once
     more by itself after the others. `stopped` is asked between instances: once true, the rest is left unsent. `on_open`
-    gets the association, so that another thread can abort it while the peer is silent.
+    gets the association, so that another thread can abort it while the peer is silent. `originator`: AE title and
+    message ID of the C-MOVE that this is done for (PS3.7 9.1.1.1).
 
     Raises PeerUnreachable where no association comes about or it breaks half-way (answers so far were reported).
     """
-    items = [_item(path) for path in files]
+    items = [file if isinstance(file, StoredObject) else StoredObject.read(file) for file in files]
     if not items:
         return []
     association = open_association(peer, _contexts(items), calling_ae=calling_ae, connect_timeout_s=connect_timeout_s,
                                    dimse_timeout_s=dimse_timeout_s)
     on_open(association)
     answers: dict[Path, Answer] = {}
+
+    def send_one(item: StoredObject) -> None:
+        try:
+            answers[item.path] = store(association, item, originator=originator)
+        except ConnectionError as error:
+            raise PeerUnreachable(f"{named(peer)} {error}") from error
+        on_answer(answers[item.path])
+
     try:
         for item in items:
             if stopped():
                 break
-            answers[item.path] = _store(association, item, peer)
-            on_answer(answers[item.path])
+            send_one(item)
         for item in items:
             answer = answers.get(item.path)
             if answer is None or answer.stored or answer.status == SOP_CLASS_NOT_SUPPORTED or stopped():
                 continue
-            answers[item.path] = _store(association, item, peer)
-            on_answer(answers[item.path])
+            send_one(item)
     finally:
         leave(association)
     return list(answers.values())
@@ -124,16 +143,11 @@ def named(peer: Peer) -> str:
     return f"peer {peer.name} ({peer.ae_title} at {peer.host}:{peer.port})"
 
 
-def _item(path: Path) -> _Item:
-    header = dcmread(path, stop_before_pixels=True, specific_tags=["SOPClassUID", "SOPInstanceUID"])
-    return _Item(path, str(header.SOPClassUID), str(header.SOPInstanceUID), UID(header.file_meta.TransferSyntaxUID))
-
-
-def _contexts(items: Sequence[_Item]) -> list[PresentationContext]:
+def _contexts(items: Sequence[StoredObject]) -> list[PresentationContext]:
     """Per SOP class: one plain context (the stored syntax first), one for each other syntax that occurs."""
     contexts = []
     for sop_class in sorted({item.sop_class_uid for item in items}):
-        stored = sorted({item.transfer_syntax for item in items if item.sop_class_uid == sop_class})
+        stored = sorted({UID(item.transfer_syntax_uid) for item in items if item.sop_class_uid == sop_class})
         contexts += [build_context(sop_class, [syntax]) for syntax in stored if syntax not in PLAIN]
         contexts.append(build_context(sop_class, sorted(PLAIN, key=lambda syntax: syntax not in stored)))
     if len(contexts) > MAX_CONTEXTS:
@@ -192,32 +206,43 @@ def leave(association: Association) -> None:
         association.release()
 
 
-def _store(association: Association, item: _Item, peer: Peer) -> Answer:
-    """One C-STORE. Raises PeerUnreachable where the association is gone."""
+def store(association: Association, item: StoredObject, *, message_id: int = 1,
+          originator: tuple[str, int] | None = None) -> Answer:
+    """One C-STORE, from the file as it lies where the peer accepts its transfer syntax.
+
+    What cannot be read or decompressed here is answered by ourselves: one bad object keeps no other from the peer.
+    Raises ConnectionError where the association is over.
+    """
     syntaxes = {context.transfer_syntax[0] for context in association.accepted_contexts
-                if context.abstract_syntax == item.sop_class_uid}
+                if context.abstract_syntax == item.sop_class_uid and context.as_scu}
     if not syntaxes:
         return Answer(item.sop_instance_uid, SOP_CLASS_NOT_SUPPORTED, "no presentation context accepted")
     try:
-        dataset = _readable_by_peer(dcmread(item.path), item, syntaxes)
-    except (ValueError, RuntimeError, AttributeError, NotImplementedError) as error:
-        return Answer(item.sop_instance_uid, CANNOT_ENCODE, f"cannot be decompressed here: {error}"[:200])
+        what = _readable_by_peer(item, syntaxes)
+    except (OSError, InvalidDicomError, RuntimeError, *UNREADABLE) as error:
+        return Answer(item.sop_instance_uid, CANNOT_ENCODE, f"cannot be read or decompressed here: {error}"[:200])
+    ae_title, number = originator or (None, None)
     try:
-        response = association.send_c_store(dataset)
+        response = association.send_c_store(what, msg_id=message_id, originator_aet=ae_title, originator_id=number)
     except (RuntimeError, OSError) as error:
-        raise PeerUnreachable(f"{named(peer)} closed the association: {error}") from error
-    except (ValueError, AttributeError) as error:
+        association.abort()  # a data set that ends half-way must not be followed by anything
+        raise ConnectionError(f"closed the association: {error}") from error
+    except (InvalidDicomError, *UNREADABLE) as error:
         return Answer(item.sop_instance_uid, CANNOT_ENCODE, str(error)[:200])
     if "Status" not in response:
-        raise PeerUnreachable(f"{named(peer)} dropped the association, or was silent for too long, in the middle")
+        raise ConnectionError("dropped the association, or was silent for too long, in the middle")
     return Answer(item.sop_instance_uid, int(response.Status), str(response.get("ErrorComment", "")))
 
 
-def _readable_by_peer(dataset: Dataset, item: _Item, syntaxes: set[UID]) -> Dataset:
-    """The data set as it is, or decompressed where the peer does not take its transfer syntax."""
-    if item.transfer_syntax not in PLAIN and item.transfer_syntax not in syntaxes:
-        if item.transfer_syntax == DeflatedExplicitVRLittleEndian:  # only the stream is compressed, not the pixels
-            dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-        else:
-            dataset.decompress(generate_instance_uid=False)
+def _readable_by_peer(item: StoredObject, syntaxes: set[UID]) -> Path | Dataset:
+    """The file as it is, or the data set decompressed where the peer does not take its transfer syntax."""
+    syntax = UID(item.transfer_syntax_uid)
+    if syntax in syntaxes:
+        item.path.open("rb").close()  # raises where it is gone
+        return item.path
+    dataset = dcmread(item.path)
+    if syntax == DeflatedExplicitVRLittleEndian:  # only the stream is compressed, not the pixels
+        dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    elif syntax not in PLAIN:
+        dataset.decompress(generate_instance_uid=False)
     return dataset

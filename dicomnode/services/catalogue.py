@@ -10,7 +10,7 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,24 +20,26 @@ from pydicom.errors import InvalidDicomError
 from dicomnode.headers import UNREADABLE, values
 from dicomnode.ledger import Ledger
 from dicomnode.logs import get_logger
+from dicomnode.scu import StoredObject
 from dicomnode.services.findscp import HEADER_KEYS, Entity, Query, matches
 from dicomnode.spool import Spool
 from sop.bounded import BoundedFile
 
-__all__ = ["HEADERS_KEPT", "Catalogue", "Series", "StoredObject"]
+__all__ = ["HEADERS_KEPT", "Catalogue", "Series"]
 
 HEADERS_KEPT = 10_000  # about 1 kB each
 PASSED = ("built", "sending", "delivered", "committed")  # states of a job whose series may be seen
 KEPT = tuple(key for level in ("PATIENT", "STUDY", "SERIES") for key in HEADER_KEYS[level])
+_COUNTS = tuple(f"NumberOf{level}RelatedInstances" for level in ("Patient", "Study", "Series"))
 T = TypeVar("T")
 log = get_logger("catalogue")
 
 _SERIES = """
 SELECT study_uid, series_uid, modality, accession_number, series_number, series_description, instances,
-       first_at AS at, NULL AS folder
-  FROM series WHERE purged_at IS NULL {where}
+       first_at AS at, NULL AS folder, purged_at
+  FROM series WHERE (purged_at IS NULL OR last_at > purged_at) {where}
 UNION ALL
-SELECT study_uid, derived_series_uid, 'PT', '', '', '', derived_instances, built_at, derived_path
+SELECT study_uid, derived_series_uid, 'PT', '', '', '', derived_instances, built_at, derived_path, NULL
   FROM job WHERE state IN {states} AND derived_series_uid IS NOT NULL AND derived_path IS NOT NULL
    AND purged_at IS NULL {derived_where}
  ORDER BY at DESC, series_uid
@@ -56,16 +58,6 @@ class Series:
     series_description: str
     instances: int
     folder: str | None
-
-
-@dataclass(frozen=True)
-class StoredObject:
-    """One instance on disk."""
-
-    sop_class_uid: str
-    sop_instance_uid: str
-    transfer_syntax_uid: str
-    path: Path
 
 
 class Catalogue:
@@ -111,7 +103,9 @@ class Catalogue:
         rows = self._ledger.query(_SERIES.format(where=where, derived_where=derived_where, states=PASSED), parameters)
         found: dict[str, Series] = {}
         for row in rows:
-            one = Series(*(row[key] for key in row.keys() if key != "at"))  # noqa: SIM118 - a Row iterates over values
+            one = Series(**{field.name: row[field.name] for field in fields(Series)})
+            if row["purged_at"] is not None and not self.objects(one):
+                continue  # some came after its files were removed, or so says a clock that was set back
             if one.series_uid not in found or one.folder is not None:
                 found[one.series_uid] = one
         return list(found.values())
@@ -123,8 +117,17 @@ class Catalogue:
                     if (stored := _stored(path)) is not None]
         rows = self._ledger.query("SELECT sop_class_uid, sop_instance_uid, transfer_syntax_uid, path FROM instance "
                                   "WHERE series_uid = ? ORDER BY received_at, sop_instance_uid", (series.series_uid,))
-        return [StoredObject(row["sop_class_uid"], row["sop_instance_uid"], row["transfer_syntax_uid"],
-                             self._spool.absolute(row["path"])) for row in rows]
+        found = [StoredObject(row["sop_class_uid"], row["sop_instance_uid"], row["transfer_syntax_uid"],
+                              self._spool.absolute(row["path"])) for row in rows]
+        return [stored for stored in found if stored.path.is_file()] if self._was_purged(series) else found
+
+    def _was_purged(self, series: Series) -> bool:
+        """Its files were removed once ([retention]): only those that came since are there."""
+        return bool(self._ledger.query("SELECT 1 FROM event WHERE series_uid = ? AND kind = 'series' "
+                                       "AND code = 'purged' LIMIT 1", (series.series_uid,)))
+
+    def _count(self, series: Series) -> int:
+        return len(self.objects(series)) if series.folder is None and self._was_purged(series) else series.instances
 
     # --- entities
 
@@ -150,8 +153,6 @@ class Catalogue:
         }
         for level in ("Patient", "Study"):
             known[f"NumberOf{level}RelatedSeries"] = (str(len(series)),)
-        for level in ("Patient", "Study", "Series"):
-            known[f"NumberOf{level}RelatedInstances"] = (str(sum(one.instances for one in series)),)
         if first.folder is None:
             known |= {"Modality": _one(first.modality), "AccessionNumber": _one(first.accession_number),
                       "SeriesNumber": _one(first.series_number), "SeriesDescription": _one(first.series_description)}
@@ -163,7 +164,9 @@ class Catalogue:
             have = known.get(keyword)
             if have is not None:
                 return have
-            if keyword in HEADER_KEYS["IMAGE"]:
+            if keyword in _COUNTS:
+                known[keyword] = (str(sum(map(self._count, series))),)
+            elif keyword in HEADER_KEYS["IMAGE"]:
                 known.update(_read(None if stored is None else stored.path, HEADER_KEYS["IMAGE"]))
             else:
                 known.update({key: have for key, have in self._header(first).items() if key not in known})
@@ -223,9 +226,6 @@ def _read(path: Path | None, keywords: Iterable[str]) -> dict[str, tuple[str, ..
 
 def _stored(path: Path) -> StoredObject | None:
     try:
-        with BoundedFile(path) as file:
-            header = dcmread(file, stop_before_pixels=True, specific_tags=["SOPClassUID", "SOPInstanceUID"])
+        return StoredObject.read(path)
     except (OSError, InvalidDicomError, RecursionError, *UNREADABLE):
         return None  # it vanished: purged or cancelled meanwhile
-    return StoredObject(str(header.SOPClassUID), str(header.SOPInstanceUID),
-                        str(header.file_meta.TransferSyntaxUID), path)

@@ -16,7 +16,6 @@ from typing import Any
 
 from pydicom.dataset import Dataset
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
-from pynetdicom import _config
 from pynetdicom.dimse_primitives import C_FIND, C_GET, C_MOVE, N_ACTION, N_EVENT_REPORT
 from pynetdicom.dsutils import decode, encode
 from pynetdicom.presentation import PresentationContext, build_context
@@ -28,8 +27,9 @@ from dicomnode.headers import UNREADABLE, items, text
 from dicomnode.intake import Intake
 from dicomnode.ledger import Ledger
 from dicomnode.logs import get_logger
+from dicomnode.scu import StoredObject
 from dicomnode.services import commitscp, findscp, moving
-from dicomnode.services.catalogue import Catalogue, StoredObject
+from dicomnode.services.catalogue import Catalogue
 from dicomnode.spool import Spool
 from dicomnode.transport import Acceptor, Service, peer_address
 
@@ -75,7 +75,6 @@ class Desk:
         self._catalogue = Catalogue(spool, self._reading)
         self._received = received
         self._slots = threading.BoundedSemaphore(RETRIEVALS)
-        _config.STORE_SEND_CHUNKED_DATASET = True  # C-GET sends from the file, a piece at a time
 
     def reconfigure(self, config: Config) -> None:
         """For requests to come. Which services are offered at all is decided at the start."""
@@ -167,6 +166,7 @@ class Desk:
 
         def send(objects: list[StoredObject], tally: moving.Tally, tell: Callable[[], None]) -> str:
             return moving.send_on(self._config, peer, objects, tally, tell=tell,
+                                  originator=(assoc.requestor.ae_title.strip(), request.MessageID or 0),
                                   stopped=partial(_stopped, assoc, request), courtesy=moving.Courtesy(self._received))
 
         self._retrieve(assoc, request, context, query, send)

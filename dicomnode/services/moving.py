@@ -1,26 +1,23 @@
 """C-MOVE and C-GET: handing out what we hold, and counting it right (PS3.4 C.4.2, C.4.3).
 
-A C-MOVE opens an association to the peer that it names and sends as deliveries do (`scu.send`: contexts from what is
-sent, decompressed for a peer that takes nothing else). A C-GET sends on the association it came on, from the file as it
-lies where the peer accepts its transfer syntax.
+A C-MOVE opens an association to the peer that it names and sends as deliveries do (`scu.send`), a C-GET sends on the
+association it came on. Both send from the file as it lies where the peer accepts its transfer syntax, a piece at a
+time, and decompressed to a peer that takes nothing else.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
-from pydicom import dcmread
 from pydicom.dataset import Dataset
-from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 from pynetdicom.association import Association
 
 from dicomnode import scu
 from dicomnode.config import Config, Peer
 from dicomnode.errors import PeerUnreachable
 from dicomnode.logs import get_logger
-from dicomnode.services.catalogue import StoredObject
+from dicomnode.scu import StoredObject
 
 __all__ = ["CANCELLED", "Courtesy", "Tally", "send_back", "send_on"]
 
@@ -29,7 +26,6 @@ COMPLETE_WITH_FAILURES = 0xB000
 UNABLE_TO_PERFORM = 0xA702
 LIST_BYTES = 65_534  # of FailedSOPInstanceUIDList: what an explicit VR UI can hold (PS3.5 7.1.2)
 PENDING_S = 0.1  # responses between are left out: a peer need not be told of every single instance
-PLAIN = (ExplicitVRLittleEndian, ImplicitVRLittleEndian, DeflatedExplicitVRLittleEndian)
 log = get_logger("moving")
 
 
@@ -121,14 +117,14 @@ class _Teller:
             self._tell()
 
 
-def send_on(config: Config, peer: Peer, objects: Sequence[StoredObject], tally: Tally, *, tell: Callable[[], None],
-            stopped: Callable[[], bool], courtesy: Callable[[], None] = lambda: None) -> str:
+def send_on(config: Config, peer: Peer, objects: Sequence[StoredObject], tally: Tally, *, originator: tuple[str, int],
+            tell: Callable[[], None], stopped: Callable[[], bool],
+            courtesy: Callable[[], None] = lambda: None) -> str:
     """The C-STOREs of a C-MOVE: all objects to `peer` over one association; why some were not sent, "" where all were.
 
     A failure is noted when the second attempt has failed too, so that no number in a response ever falls.
     """
     say = _Teller(tell)
-    files = _present(objects, tally)
 
     def on_answer(answer: scu.Answer) -> None:
         if answer.stored:
@@ -137,10 +133,10 @@ def send_on(config: Config, peer: Peer, objects: Sequence[StoredObject], tally: 
         courtesy()
 
     try:
-        answers = scu.send(peer, files, calling_ae=config.node.ae_title, on_answer=on_answer, stopped=stopped,
-                           connect_timeout_s=config.delivery.connect_timeout_s,
-                           dimse_timeout_s=config.delivery.dimse_timeout_s)
-    except (PeerUnreachable, OSError) as error:
+        answers = scu.send(peer, _present(objects, tally), calling_ae=config.node.ae_title, on_answer=on_answer,
+                           stopped=stopped, connect_timeout_s=config.delivery.connect_timeout_s,
+                           dimse_timeout_s=config.delivery.dimse_timeout_s, originator=originator)
+    except PeerUnreachable as error:
         tally.fail_rest()
         return str(error)
     for answer in answers:
@@ -151,49 +147,30 @@ def send_on(config: Config, peer: Peer, objects: Sequence[StoredObject], tally: 
 def send_back(assoc: Association, message_id: int, objects: Sequence[StoredObject], tally: Tally, *,
               tell: Callable[[], None], stopped: Callable[[], bool],
               courtesy: Callable[[], None] = lambda: None) -> None:
-    """The C-STOREs of a C-GET, on its own association; needs pynetdicom to be paused and to send files in pieces."""
+    """The C-STOREs of a C-GET, on its own association; needs pynetdicom to be paused."""
     say = _Teller(tell)
-    _present(objects, tally)
-    gone = frozenset(tally.failed_uids)
-    for number, stored in enumerate(objects):
+    for number, stored in enumerate(_present(objects, tally)):
         if stopped():
             return
-        if stored.sop_instance_uid in gone:
-            continue
-        tally.note(stored.sop_instance_uid, _store(assoc, stored, (message_id + number) % 65535 + 1))
+        try:
+            answer = scu.store(assoc, stored, message_id=(message_id + number) % 65535 + 1)
+        except ConnectionError as error:
+            log.warning("A C-GET ends early.", action="get_failed", error=str(error),
+                        sop_instance_uid=stored.sop_instance_uid)
+            return
+        tally.note(stored.sop_instance_uid, answer.status)
         say()
         courtesy()
 
 
-def _present(objects: Sequence[StoredObject], tally: Tally) -> list[Path]:
-    """The files that are there; the others have failed."""
+def _present(objects: Sequence[StoredObject], tally: Tally) -> list[StoredObject]:
+    """Those whose files are there; the others have failed."""
+    there = []
     for stored in objects:
-        if not stored.path.is_file():
+        if stored.path.is_file():
+            there.append(stored)
+        else:
             tally.note(stored.sop_instance_uid, scu.CANNOT_ENCODE)
             log.error("An object to be handed out is not on disk.", action="object_missing",
                       sop_instance_uid=stored.sop_instance_uid)
-    return [stored.path for stored in objects if stored.path.is_file()]
-
-
-def _store(assoc: Association, stored: StoredObject, message_id: int) -> int:
-    """One C-STORE of the acceptor; its status, or our own word for why there is none."""
-    syntaxes = {context.transfer_syntax[0] for context in assoc.accepted_contexts
-                if context.abstract_syntax == stored.sop_class_uid and context.as_scu}
-    if not syntaxes:
-        return scu.SOP_CLASS_NOT_SUPPORTED
-    try:
-        what = stored.path if stored.transfer_syntax_uid in syntaxes else _decoded(stored, syntaxes)
-        response = assoc.send_c_store(what, msg_id=message_id)
-    except (OSError, RuntimeError, ValueError, AttributeError, NotImplementedError) as error:
-        log.warning("An object cannot be handed out by C-GET.", action="get_failed", error=type(error).__name__,
-                    sop_instance_uid=stored.sop_instance_uid)
-        return scu.CANNOT_ENCODE
-    return int(response.Status) if "Status" in response else scu.CANNOT_ENCODE
-
-
-def _decoded(stored: StoredObject, syntaxes: set[UID]) -> Dataset:
-    """The data set, decompressed where the peer takes none but plain syntaxes of it."""
-    dataset = dcmread(stored.path)
-    if stored.transfer_syntax_uid not in PLAIN and syntaxes & set(PLAIN):
-        dataset.decompress(generate_instance_uid=False)
-    return dataset
+    return there

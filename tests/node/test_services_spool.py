@@ -19,7 +19,7 @@ from pydicom.uid import (
     PositronEmissionTomographyImageStorage,
     RLELossless,
 )
-from pynetdicom import AE, build_context, build_role
+from pynetdicom import AE, build_context, build_role, evt
 from pynetdicom.dimse_primitives import C_GET
 from pynetdicom.dsutils import encode
 
@@ -242,6 +242,53 @@ def test_what_the_destination_does_not_take_is_counted_and_named(tmp_path):
         assert failed is not None and len(failed.FailedSOPInstanceUIDList) == 6
 
 
+def test_a_damaged_object_keeps_no_other_from_the_destination(tmp_path):
+    """What lies on disk is no DICOM file any more: it has failed, the others are handed out."""
+    port = free_port()
+    with StoragePeer("PACS", port=port) as pacs, ReceiverProcess(tmp_path, peers=peers(store_port=port)) as receiver:
+        send(receiver, SOURCE)
+        bad = SOURCE[3].SOPInstanceUID
+        (receiver.data_dir / "objects" / STUDY / SERIES / f"{bad}.dcm").write_bytes(b"rubbish" * 100)
+        final, failed = move(receiver.port, identifier("STUDY", StudyInstanceUID=STUDY), "PACS")[-1]
+        assert final.Status == 0xB000 and counts(final) == (5, 1, 0)
+        assert failed is not None and failed.FailedSOPInstanceUIDList == bad
+        assert len(pacs.datasets) == 5
+
+
+def test_of_a_series_that_was_purged_and_came_again_in_part_that_part_is_held(tmp_path):
+    """Counted, listed and handed out is what is on disk, not what once came."""
+    port = free_port()
+    with StoragePeer("PACS", port=port), ReceiverProcess(tmp_path, peers=peers(store_port=port)) as receiver:
+        send(receiver, SOURCE[:5])
+        with receiver.ledger() as ledger, ledger.transaction() as db:
+            db.execute("UPDATE series SET purged_at = ?", (time.time(),))
+            ledger.event("series", now=time.time(), series_uid=SERIES, study_uid=STUDY, code="purged")
+        for path in (receiver.data_dir / "objects" / STUDY / SERIES).iterdir():
+            path.unlink()
+        for came in (SOURCE[5:], SOURCE[1:2]):  # one that never came before, then one that was removed
+            send(receiver, came)
+            held = 1 if came == SOURCE[5:] else 2
+            _, (answer,) = find(receiver.port, identifier("SERIES", StudyInstanceUID=STUDY, SeriesInstanceUID="",
+                                                          NumberOfSeriesRelatedInstances=""))
+            assert answer.NumberOfSeriesRelatedInstances == held
+            final, _ = move(receiver.port, identifier("STUDY", StudyInstanceUID=STUDY), "PACS")[-1]
+            assert final.Status == 0x0000 and counts(final) == (held, 0, 0)
+
+
+def test_a_move_tells_the_destination_who_asked_for_it(tmp_path):
+    """Move Originator Application Entity Title and Message ID (PS3.7 9.1.1.1) with every object."""
+    class Asked(StoragePeer):
+        def _store(self, event: evt.Event) -> int:
+            asked.append((event.request.MoveOriginatorApplicationEntityTitle, event.request.MoveOriginatorMessageID))
+            return super()._store(event)
+
+    port, asked = free_port(), []
+    with Asked("PACS", port=port), ReceiverProcess(tmp_path, peers=peers(store_port=port)) as receiver:
+        send(receiver, SOURCE[:2])
+        move(receiver.port, identifier("STUDY", StudyInstanceUID=STUDY), "PACS")
+    assert asked == [("VIEWER", 1)] * 2
+
+
 def test_a_slow_move_can_be_cancelled_and_holds_up_no_reception(tmp_path):
     """C-CANCEL: 0xFE00 with what remains; meanwhile objects come in."""
     port, slow = free_port(), threading.Event()
@@ -360,5 +407,5 @@ def test_more_matches_than_allowed_end_in_a_status_and_what_was_purged_is_no_mat
         status, answers = find(node.port, identifier("STUDY", StudyInstanceUID=""))
         assert (status, len(answers)) == (0xA700, 2)
         with node.ledger() as ledger, ledger.transaction() as db:
-            db.execute("UPDATE series SET purged_at = 5")
+            db.execute("UPDATE series SET purged_at = ?", (time.time() + 60,))
         assert find(node.port, identifier("STUDY", StudyInstanceUID="")) == (0x0000, [])
