@@ -35,6 +35,7 @@ from dicomnode.retention import missing_files
 from dicomnode.routing import first_route
 from dicomnode.sourcecount import Look, SourceCounts
 from dicomnode.spool import Spool
+from dicomnode.spoolcheck import DAMAGED, LOST, resume
 from sop.bounded import BoundedFile
 from sop.pet import is_own_output
 
@@ -113,6 +114,7 @@ class Matcher:
 
     def tick(self) -> int:
         """Look at every series that is due; how many were."""
+        resume(self._ledger, self._spool, now=self._clock())
         due = self._ledger.due_series(now=self._clock(), quiet_s=self._config.completeness.quiet_s)
         # Guides first: a PET and its CT that become quiet together meet in one tick.
         for row in sorted(due, key=lambda row: row["modality"] != "CT"):
@@ -229,7 +231,7 @@ class Matcher:
                              until=min(now + self._poll_s, completed_at + wait_s))
         gone = self._guides_gone(seen) if (route.method, route.preset) in GUIDED else []
         if gone and not seen.row["released"]:
-            return _Decision("held", "input-gone", f"CT series {gone[0]} was removed ([retention]). Remedy: have it "
+            return _Decision("held", "input-gone", f"CT series {gone[0]} is not whole on disk. Remedy: have it "
                              f"sent again, then `dicomnode retry {seen.uid}`; or `dicomnode release {seen.uid}` "
                              "processes the PET without it")
         guides = {guide.uid: guide for guide in self._guides(seen)}
@@ -259,11 +261,12 @@ class Matcher:
 
     def _guides_gone(self, seen: _Seen) -> list[str]:
         return [row["series_uid"] for row in self._guide_rows(seen)
-                if missing_files(self._ledger.instances(row["series_uid"]), self._spool.data_dir)]
+                if row["state"] == "held"
+                or missing_files(self._ledger.instances(row["series_uid"]), self._spool.data_dir)]
 
     def _guide_rows(self, seen: _Seen) -> list[dict[str, Any]]:
         return [row for row in self._ledger.series_of_study(seen.row["study_uid"])
-                if row["is_guide"] and row["state"] == "ignored"]
+                if row["is_guide"] and (row["state"] == "ignored" or row["code"] in (DAMAGED, LOST))]
 
     def _decide_job(self, seen: _Seen, route: Route, guide: _Seen | None, why: str) -> _Decision:
         # A CT that the method does not look at is noted with the job, but decides nothing about the image.

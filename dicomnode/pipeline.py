@@ -32,8 +32,10 @@ from deconv.metrics import kernel_fwhm_mm
 from deconv.safeguards import Gate, gates
 from dicomnode.daskclient import ClusterUnavailable, WorkerLost
 from dicomnode.daskclient import deconvolve as deconvolve_on_cluster
+from dicomnode.errors import CannotUnderstand
 from dicomnode.process import die_first, tie_to_parent, trouble
 from dicomnode.remote import Computed
+from dicomnode.stored import sha256_of
 from dicomnode.uncertainty import UNCERTAINTY_FILE
 from dicomnode.uncertainty import save as save_uncertainty
 from sop.check import check_derived
@@ -301,7 +303,23 @@ def _leave_at_end_of_input() -> None:
     os._exit(1)
 
 
+def _require_sound(digests: Mapping[str, str]) -> None:
+    """Raises Refused where a file holds other bytes than were received: a wrong image would look like a right one."""
+    flawed = []
+    for name, digest in digests.items():
+        try:
+            why = "" if sha256_of(Path(name)) == digest else "its bytes are not those that were received"
+        except (OSError, CannotUnderstand) as error:
+            why = str(error)
+        if why:
+            flawed.append(f"{Path(name).stem}: {why}")
+    if flawed:
+        raise Refused("input-damaged", f"{len(flawed)} of {len(digests)} input objects are damaged: {flawed[0]}",
+                      "send series and CT again: what is damaged is replaced, and the job goes on by itself")
+
+
 def _work_off(order: Mapping[str, Any], folder: Path, reporter: _Reporter) -> None:
+    _require_sound(order["digests"])
     outcome = process(
         [Path(name) for name in order["pet_files"]], [Path(name) for name in order["guide_files"]],
         folder / "derived.tmp", method=order["method"], preset=order["preset"], overrides=order["settings"],

@@ -13,6 +13,7 @@ import sqlite3
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,11 @@ from dicomnode.psflibrary import keep_found
 from dicomnode.retention import MEMO
 from dicomnode.salvage import TABLES, Salvaged, sound_row
 from dicomnode.spool import Spool, valid_uid
-from dicomnode.stored import Stored, read_stored, sha256_of
+from dicomnode.spoolcheck import LOST, flaw
+from dicomnode.stored import Stored, read_stored
 
-__all__ = ["LOST", "Lost", "Rebuilt", "rebuild"]
+__all__ = ["Lost", "Rebuilt", "rebuild"]
 
-LOST = "input-lost"  # code of a series that lacks objects: their next coming is taken as new
 UNKNOWN_JOB = "repaired"  # code of a series of which a derived one was made, by a job that nobody knows any more
 STOPPED = ("held", "cancelled", "superseded")
 OUT = ("sending", "delivered", "committed")
@@ -139,7 +140,7 @@ class _Rebuild:
 
     def _enter_job(self, job_id: int, folder: Path, report: dict[str, Any], recipe: dict[str, Any]) -> None:
         row = {key: json.dumps(recipe[key], sort_keys=True) if key in _JSON_COLUMNS else recipe[key] for key in RECIPE}
-        whole = _is_whole(folder, report["derived_instances"])
+        whole = _is_whole(folder, report["derived_instances"], report)
         before = self._ledger.query("SELECT to_state FROM event WHERE job_id = ? AND kind = 'job' AND to_state != '' "
                                     "ORDER BY id DESC LIMIT 1", (job_id,))
         state = before[0]["to_state"] if before and before[0]["to_state"] in STOPPED else "sending"
@@ -165,7 +166,8 @@ class _Rebuild:
             for row in self._ledger.query("SELECT id FROM job ORDER BY id"):
                 job = self._ledger.job(row["id"])
                 path = job["derived_path"]
-                whole = path is not None and _is_whole(self._spool.absolute(path), job["derived_instances"])
+                whole = path is not None and _is_whole(
+                    self._spool.absolute(path), job["derived_instances"], job["report"] or {})
                 if job["state"] == "running" or (job["state"] in ("built", "sending") and not whole):
                     why = "it ran when the ledger was damaged" if job["state"] == "running" else (
                         "its derived series is not whole on disk any more: it is made again, under the same UIDs")
@@ -211,7 +213,7 @@ class _Rebuild:
             row = rows.pop(self._spool.relative(path), None)
             if row is None:
                 unknown.append(path)
-            elif why := _flaw(path, row):
+            elif why := flaw(path, row):
                 self._put_aside(path, row["study_uid"], row["series_uid"], row["sop_instance_uid"], why)
                 self._forget(row)
         for row in rows.values():
@@ -410,17 +412,6 @@ def _counted(found: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in sorted(found.items())) or "nothing"
 
 
-def _flaw(path: Path, row: Mapping[str, Any]) -> str:
-    """What is wrong with a file that has a row; "" nothing."""
-    try:
-        size = path.stat().st_size
-        if size != row["bytes"]:
-            return f"{size} of {row['bytes']} bytes are there"
-        return "" if sha256_of(path) == row["sha256"] else "its bytes are not those that were received"
-    except (OSError, CannotUnderstand) as error:
-        return f"it cannot be read: {error}"
-
-
 def _report(folder: Path) -> dict[str, Any] | None:
     try:
         report = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
@@ -435,5 +426,12 @@ def _usable(recipe: Any) -> bool:
     return isinstance(recipe, dict) and set(RECIPE) <= set(recipe)
 
 
-def _is_whole(folder: Path, instances: int | None) -> bool:
-    return folder.is_dir() and len(list(folder.glob("*.dcm"))) == instances
+def _is_whole(folder: Path, instances: int | None, report: Mapping[str, Any]) -> bool:
+    """Whether the derived files are there as they were built."""
+    files = sorted(folder.glob("*.dcm"))
+    if len(files) != instances:
+        return False
+    digest = sha256()
+    for path in files:
+        digest.update(path.read_bytes())
+    return report.get("files_sha256", "") in ("", digest.hexdigest())
