@@ -197,7 +197,7 @@ def test_a_series_that_replaces_one_already_sent_says_so(line: Line) -> None:
     line.ledger.set_series(old["series_uid"], "receiving", now=line.now)
     line.ledger.set_series(old["series_uid"], "complete", now=line.now)
     line.ledger.add_job(NewJob("id2", old["series_uid"], old["study_uid"], None, "all-pet", "nearest", "default", {},
-                               ("PACS",), ("1",)), now=line.now)
+                               ("PACS",), tuple(old["inputs"])), now=line.now)
     assert attempt(line, executor)["reason"].startswith("NBD deblurred (attempt")
     line.ledger.put_statuses(line.ledger.deliveries(old_id)[0]["id"], [("1.2", 0, "")], now=line.now)
     line.now += 61

@@ -276,9 +276,9 @@ def test_auto_takes_what_is_there_and_a_named_device_is_taken_by_its_word() -> N
 def test_the_child_speaks_json_lines_only_and_leaves_when_its_parent_lets_go(tmp_path: Path) -> None:
     """A broken order is a failed attempt in words; standard output holds nothing but messages."""
     order = tmp_path / "order.json"
-    order.write_text(json.dumps({"pet_files": [], "guide_files": [], "digests": {}, "method": "tv", "preset": "quick", "settings": {},
-                                 "device": "cpu", "threads": 1, "derivation": NAMING, "guide_required": False,
-                                 "checkpoints": str(tmp_path / "kept"), "now": 1.0}))
+    order.write_text(json.dumps({"pet_files": [], "guide_files": [], "digests": {}, "method": "tv", "preset": "quick",
+                                 "settings": {}, "device": "cpu", "threads": 1, "derivation": NAMING,
+                                 "guide_required": False, "checkpoints": str(tmp_path / "kept"), "now": 1.0}))
     child = subprocess.Popen([sys.executable, "-m", "dicomnode.pipeline", str(order)], cwd=REPOSITORY,
                              stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert child.stdin is not None and child.stdout is not None
