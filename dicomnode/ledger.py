@@ -479,14 +479,14 @@ class Ledger:
     # --- looking
 
     def overview(self, study: str | None = None, *, active: bool = False,
-                 limit: int = 100_000) -> list[dict[str, Any]]:
+                 limit: int | None = None) -> list[dict[str, Any]]:
         """One row per series, newest first; `study`: only that study, series, derived series or accession number.
 
-        active  only what is held or runs, or a job of it is or does.
+        active  only what is held or runs, or a job of it is or does.   limit  so many; None: all.
         """
         only = "active_series" if active else "named_series" if study is not None else ""
         sql = SQL["overview"].format(series=f"({SQL[only]})" if only else "series")
-        return [dict(row) for row in self.query(sql, {"study": study, "limit": limit})]
+        return [dict(row) for row in self.query(sql, {"study": study, "limit": -1 if limit is None else limit})]
 
     def events(self, *, study_uid: str | None = None, limit: int = 10_000) -> list[dict[str, Any]]:
         """History, oldest first."""

@@ -56,6 +56,7 @@ CREATE TABLE IF NOT EXISTS series (
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS series_study ON series (study_uid);
 CREATE INDEX IF NOT EXISTS series_state ON series (state, last_at);
+CREATE INDEX IF NOT EXISTS series_newest ON series (first_at DESC, series_uid);  -- since version 3
 CREATE INDEX IF NOT EXISTS series_accession ON series (accession_number);  -- since version 3
 
 CREATE TABLE IF NOT EXISTS job (

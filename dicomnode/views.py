@@ -30,13 +30,15 @@ def timestamp(seconds: float | None) -> str | None:
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def jobs(ledger: Ledger, study: str | None = None) -> list[Json]:
+def jobs(ledger: Ledger, study: str | None = None, *, limit: int | None = None) -> list[Json]:
     """One element per series, newest first; `study` filters by study, series or derived series UID or accession number.
+
+    limit   so many; None: all.
 
     `state`, `code` and `reason` are the newest job's where the series has one, else the series' own; a series that is
     held (input that changed after delivery, for instance) says so in any case.
     """
-    return [_series(row) for row in ledger.overview(study)]
+    return [_series(row) for row in ledger.overview(study, limit=limit)]
 
 
 def show(ledger: Ledger, study: str) -> Json:

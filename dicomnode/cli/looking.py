@@ -14,6 +14,8 @@ from dicomnode.errors import Exit
 
 __all__ = ["alert", "check", "jobs", "show", "status"]
 
+NEWEST = 500  # series listed for a person: a node of years has many
+
 
 def status(config: ConfigOption = DEFAULT_CONFIG, as_json: JsonOption = False) -> None:
     """The node at a glance: what came, what runs, what waits for a person, what fits tonight, the disk."""
@@ -32,13 +34,18 @@ def status(config: ConfigOption = DEFAULT_CONFIG, as_json: JsonOption = False) -
         tables.print_status(console(), value)
 
 
-def jobs(config: ConfigOption = DEFAULT_CONFIG, as_json: JsonOption = False) -> None:
+def jobs(
+    config: ConfigOption = DEFAULT_CONFIG, as_json: JsonOption = False,
+    limit: Annotated[int | None, typer.Option(
+        "--limit", min=0, help=f"So many series; 0: all. Default: {NEWEST}, with --json all.")] = None,
+) -> None:
     """Every series that came, newest first, and how far it got."""
     from dicomnode import views
     from dicomnode.forecast import reasons
 
     with open_ledger(config) as (settings, ledger):
-        rows, waits = views.jobs(ledger), reasons(ledger, settings, now=time.time())
+        most = limit if limit is not None else 0 if as_json else NEWEST
+        rows, waits = views.jobs(ledger, limit=most or None), reasons(ledger, settings, now=time.time())
     rows = [row | {"waits": waits.get(row["job"], "") if row["state"] in ("queued", "failed") else ""} for row in rows]
     if as_json:
         print_json(rows)
@@ -46,6 +53,8 @@ def jobs(config: ConfigOption = DEFAULT_CONFIG, as_json: JsonOption = False) -> 
         from dicomnode.cli import tables
 
         tables.print_jobs(console(), rows)
+        if most and len(rows) == most:
+            typer.echo(f"The newest {most}; --limit 0 lists all, --limit N the newest N.")
 
 
 def show(

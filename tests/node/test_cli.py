@@ -17,6 +17,7 @@ from dicomnode import acceptance
 from dicomnode.cli import app
 from dicomnode.ledger import InstanceRow, Ledger
 from tests.factories import ct_series, pet_series
+from tests.node.test_states import instance
 from tests.peers import free_port
 
 STUDY, PET = "1.2.3", "1.2.3.1"
@@ -78,6 +79,16 @@ def test_jobs_as_json_has_what_programs_rely_on(config):
     assert (rows[0]["state"], rows[0]["code"], rows[0]["received_at"]) == ("held", "gap", "1970-01-01T00:00:10Z")
 
 
+def test_jobs_lists_the_newest_and_says_that_there_are_more(config):
+    """A person gets a page; a program gets all, unless it asks for fewer."""
+    with Ledger(config.parent / "data" / "ledger.sqlite3") as ledger:
+        ledger.add_instances([instance("1.2.9", "1.2.9.1", "b", now=20)])
+    assert [row["series"] for row in answer("jobs", "--config", config)] == ["1.2.9", PET]
+    assert [row["series"] for row in answer("jobs", "--limit", "1", "--config", config)] == ["1.2.9"]
+    assert "--limit 0 lists all" in dicomnode("jobs", "--limit", "1", "--config", config).stdout
+    assert "--limit" not in dicomnode("jobs", "--config", config).stdout
+
+
 def test_status_counts_and_lists_what_waits_for_a_person(config):
     """The node at a glance."""
     value = answer("status", "--config", config)
@@ -132,7 +143,7 @@ def test_debug_shows_the_traceback():
 
 def test_the_unexpected_is_a_sentence_too(config, monkeypatch):
     """A bug shows no traceback to an operator; --debug lets it through."""
-    def broken(*_arguments: object) -> None:
+    def broken(*_arguments: object, **_options: object) -> None:
         raise KeyError("deep inside")
 
     monkeypatch.setattr("dicomnode.views.jobs", broken)

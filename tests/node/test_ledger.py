@@ -400,6 +400,25 @@ def test_overview_has_a_row_for_each_series_and_filters(ledger: Ledger):
     assert ledger.overview("1.9") == []
 
 
+def test_looking_reads_no_table_of_years_from_end_to_end(ledger: Ledger):
+    """One study, what waits for a person, the counts, a worker's claims: by an index, also among millions of rows."""
+    said: list[str] = []
+    ledger._db.set_trace_callback(said.append)
+    ledger.overview("1.2.3")
+    ledger.overview(active=True)
+    ledger.overview(limit=5)
+    ledger.events(study_uid="1.2.3")
+    ledger.count_events(7, code="worker-lost")
+    ledger.due_series(now=1.0, quiet_s=30.0)
+    ledger.due_deliveries(now=1.0)
+    ledger.claim("w", now=1.0, lease_s=60, may_start=lambda route: True)
+    ledger.counts()
+    ledger._db.set_trace_callback(None)
+    scans = [row["detail"] for sql in said for row in ledger.query(f"EXPLAIN QUERY PLAN {sql}")
+             if row["detail"].startswith("SCAN") and "INDEX" not in row["detail"]]
+    assert len(said) > 9 and set(scans) <= {"SCAN series", "SCAN (subquery-1)"}
+
+
 def test_unknown_names_are_not_found(ledger: Ledger):
     """Series, job and delivery."""
     with pytest.raises(NotFound, match=r"no series 1\.2\.9"):
