@@ -42,7 +42,7 @@ UNSENT_S = 3600.0    # a person who cancelled by mistake has this long to say so
 GUIDE_S = DAY_S      # a CT that came again waits for the rest of its study
 FULL_S = 3600.0      # between two searches for what is old enough; the disk is looked at at every tick
 TICK_S = 10.0        # a tick lasts no longer: it must not hold up the end of the process
-BATCH = 500          # files removed under one write lock
+BATCH = 100          # files removed under one write lock: the receiver waits for it meanwhile
 MIB = 2**20
 MEMO = "purge:series:"
 CLOCK = "retention:clock"
@@ -249,6 +249,9 @@ class Purger:
                 return None
             row, size = rows[0], self._size(rows[0]["derived_path"])
             db.execute("UPDATE job SET derived_path = NULL, purged_at = ? WHERE id = ?", (now, one.job))
+            # Lists of what was never answered, and was proven otherwise: those of years would fill the ledger.
+            db.execute("UPDATE commitment SET items = '[]' WHERE delivery_id IN (SELECT id FROM delivery "
+                       "WHERE job_id = ?)", (one.job,))
             self._ledger.event("job", now=now, study_uid=row["study_uid"], series_uid=row["series_uid"],
                                job_id=one.job, from_state=row["state"], to_state=row["state"], code="purged",
                                reason=f"derived series removed, {size / MIB:.1f} MiB ({one.kind})")
@@ -265,10 +268,13 @@ class Purger:
 
     def _remove_derived(self, names: Iterable[str]) -> None:
         for name in names:
+            folder, gone = self._spool.data_dir / "derived" / name, self._spool.data_dir / "work" / f"purged-{name}"
+            shutil.rmtree(gone, ignore_errors=True)
             with self._ledger.transaction():  # nobody takes the job up again meanwhile
                 job = self._ledger.job(int(name))
-                if job["derived_path"] is None and job["state"] in OVER:
-                    shutil.rmtree(self._spool.data_dir / "derived" / name, ignore_errors=True)
+                if job["derived_path"] is None and job["state"] in OVER and folder.is_dir():
+                    os.replace(folder, gone)
+            shutil.rmtree(gone, ignore_errors=True)  # takes long; after a crash schedule.sweep_work does it
 
 
 def restored(ledger: Ledger, series_uid: str, *, now: float, actor: str) -> None:
