@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import subprocess
 import sys
@@ -10,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from dicomnode import views
 from tests.peers import ReceiverProcess
 
 
@@ -30,10 +30,9 @@ class RunningNode(ReceiverProcess):
                               capture_output=True, text=True, timeout=60)
 
     def jobs(self) -> list[dict[str, Any]]:
-        """`dicomnode jobs --json`."""
-        done = self.cli("jobs", "--json")
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
+        """What `dicomnode jobs` prints; read here, since a process for each look takes a core from the node."""
+        with self.ledger() as ledger:
+            return views.jobs(ledger)
 
     def job(self, series_uid: str) -> dict[str, Any] | None:
         return next((row for row in self.jobs() if row["series"] == series_uid), None)
@@ -45,7 +44,7 @@ class RunningNode(ReceiverProcess):
             assert time.monotonic() < until, (
                 f"series {series_uid} is not {' or '.join(states)} after {timeout_s} s but {row}; "
                 f"log:\n{self.log()[-4000:]}")
-            time.sleep(2)  # each look is a process of its own and takes a core from the node
+            time.sleep(0.3)
         return row
 
     def descendants(self, *, named: str = "") -> list[int]:
