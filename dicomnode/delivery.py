@@ -54,7 +54,7 @@ def judge(statuses: Iterable[int], *, expected: int) -> Verdict:
     warnings = [status for status in stored if scu.is_warning(status)]
     if len(stored) == expected:
         shown = f" with {len(warnings)} warnings ({_codes(warnings)})" if warnings else ""
-        return Verdict(True, f"{expected} instances confirmed{shown}")
+        return Verdict(True, f"{expected} instances stored{shown}")
     failed = [status for status in answers if status not in stored]
     shown = f"status {_codes(failed)}" if failed else "not answered"
     refused = bool(failed) and all(status >> 8 in (0xA9, 0x01) or status >> 12 == 0xC for status in failed)
@@ -135,7 +135,7 @@ class Deliverer:
         recorder = _Recorder(self._ledger, row["id"], self._clock)
         problem = ""
         try:
-            self._send(peer, left, recorder, self._stopped(job_id))
+            self._send(peer, left, recorder, self._stopped(row))
         except (PeerUnreachable, ConfigError) as error:
             problem = str(error)
         finally:
@@ -166,14 +166,15 @@ class Deliverer:
             elif state != "sending":
                 raise TransitionRefused(f"job {job_id} is {state}: not to be sent")
 
-    def _stopped(self, job_id: int) -> Callable[[], bool]:
+    def _stopped(self, row: dict[str, Any]) -> Callable[[], bool]:
         """Whether to stop between two instances: we are ending, or a person stopped the job (asked once a second)."""
         asked_at, wanted = time.monotonic(), True
 
         def stopped() -> bool:
             nonlocal asked_at, wanted
+            self._lanes.moves(row["peer"])
             if time.monotonic() - asked_at > 1.0:
-                asked_at, wanted = time.monotonic(), self._ledger.job(job_id)["state"] == "sending"
+                asked_at, wanted = time.monotonic(), self._ledger.job(row["job_id"])["state"] == "sending"
             return self._stop.is_set() or not wanted
 
         return stopped

@@ -194,7 +194,7 @@ def _named(ledger: Ledger, target: str) -> list[dict[str, Any]]:
     if target.startswith("job:"):
         number = target.removeprefix("job:")
         if not number.isdecimal():
-            raise NotFound(f"{number!r} is not a job number")
+            raise NotFound(f"{number!r} is not a job number. Remedy: `dicomnode jobs` lists them.")
         return _row_of_job(ledger, int(number))
     rows = ledger.overview(target)
     exact = [row for row in rows if target in (row["series_uid"], row["derived_series_uid"])]
@@ -210,6 +210,8 @@ def _named(ledger: Ledger, target: str) -> list[dict[str, Any]]:
 
 
 def _row_of_job(ledger: Ledger, job_id: int) -> list[dict[str, Any]]:
+    if not _has_job(ledger, job_id):
+        raise NotFound(f"there is no job {job_id}. Remedy: `dicomnode jobs` lists them.")
     job = ledger.job(job_id)
     rows = [row for row in ledger.overview(job["series_uid"]) if row["series_uid"] == job["series_uid"]]
     if rows and rows[0]["job_id"] != job_id:

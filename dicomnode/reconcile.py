@@ -1,8 +1,8 @@
 """The reconciliation of a night: what the sources hold for us, and how far each study got here.
 
 Per source and study: eligible at the source, received, processed, delivered, committed, and of whatever is missing the
-reason. A source that was asked is named as its peer; what came without being asked for stands under the AE title that
-sent it. Studies are named by accession number, or by UID where they have none.
+reason. A source is named as its peer; what came without being asked for stands under the peer that sent it, or its AE
+title where several peers have that one. Studies are named by accession number, or by UID where they have none.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import date, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -188,7 +188,8 @@ def report(ledger: Ledger, config: Config, *, day: date, now: float) -> Reconcil
     begin = datetime(first.year, first.month, first.day, tzinfo=zone).timestamp()
     after = day + timedelta(days=1)
     end = min(now, datetime(after.year, after.month, after.day, tzinfo=zone).timestamp())
-    rows = _rows(ledger, first=first, last=day, begin=begin, end=end)
+    rows = [replace(row, source=_peer_named(config, row.source)) if row.asked is None else row
+            for row in _rows(ledger, first=first, last=day, begin=begin, end=end)]
     asked = [peer.name for peer in config.peer if peer.query]
     names = [*asked, *sorted({row.source for row in rows} - set(asked))]
     sources = []
@@ -217,6 +218,12 @@ def write(reconciliation: Reconciliation, data_dir: Path) -> Path:
         if path.stem < oldest:
             path.unlink(missing_ok=True)
     return folder / f"{reconciliation.day}.txt"
+
+
+def _peer_named(config: Config, ae_title: str) -> str:
+    """The name of the one peer with that AE title; the AE title itself where none or several have it."""
+    names = [peer.name for peer in config.peer if peer.ae_title == ae_title]
+    return names[0] if len(names) == 1 else ae_title
 
 
 def _rows(ledger: Ledger, *, first: date, last: date, begin: float, end: float) -> list[_Row]:

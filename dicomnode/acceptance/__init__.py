@@ -28,7 +28,7 @@ def check(config_path: Path, *, now: float, with_peers: bool = False) -> list[Fi
     except ConfigError as error:
         return [Finding("configuration", "problem", str(error), exit_code=Exit.USAGE)]
     found = [Finding("configuration", "ok",
-                     f"{config_path}: {len(config.peer)} peers, {len(config.route)} routes")]
+                     f"{config_path}: peers: {len(config.peer)}, routes: {len(config.route)}")]
     if not config.route:
         found.append(Finding("routes", "warning", "no [[route]]: everything is kept, nothing is processed",
                              "add a [[route]]"))

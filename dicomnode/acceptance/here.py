@@ -128,7 +128,8 @@ def clock_is_kept() -> Iterator[Finding]:
     if said == "yes":
         yield Finding("clock is kept", "ok", "synchronised (timedatectl)")
     else:
-        why = "not synchronised" if said == "no" else f"cannot be told: {done.stderr.strip()[:100] or 'no answer'}"
+        told = (done.stderr.strip() or "no answer").splitlines()[0]
+        why = "not synchronised" if said == "no" else f"cannot be told: {told}"
         yield Finding("clock is kept", "warning", why, "enable systemd-timesyncd or chrony")
 
 

@@ -28,8 +28,8 @@ def find(
     from dicomnode.reconcile import local_day
 
     settings = load(config)
-    days = None if study and not day else query.days_of(day or "today", today=local_day(settings, time.time()))
-    rows = fetching.find(settings, peer, days=days, study=study)
+    days = query.days_of(day or "today", today=local_day(settings, time.time()))
+    rows = fetching.find(settings, peer, days=None if study and not day else days, study=study)
     if as_json:
         print_json(rows)
         return
@@ -42,7 +42,9 @@ def find(
             out.print(f"    {series['modality']:<3} {count:>5} images  {series['series']}  {series['series_number']} "
                       f"{series['series_description']}", markup=False, soft_wrap=True)
     if not rows:
-        out.print(f"{peer} holds nothing of that.", markup=False, soft_wrap=True)
+        span = " to ".join(dict.fromkeys(str(one) for one in days))
+        asked = f"study {study!r}" if study else f"study of {span}"
+        out.print(f"{peer} lists no {asked}.", markup=False, soft_wrap=True)
 
 
 def fetch(

@@ -50,7 +50,7 @@ def print_status(console: Console, value: Mapping[str, Any]) -> None:
     last = f", last at {_short(value['last_received_at'])} UTC" if value["last_received_at"] else ""
     console.print(f"{'instances':<10}{counts['instance']['all']}{last}")
     console.print(f"{'disk':<10}{value['free_bytes'] / 2**30:.1f} GiB free")
-    said = [f"{one['device']}: " + (f"not heard of since {_short(one['heartbeat_at'])} UTC" if one["stale"] else
+    said = [f"device {one['device']}: " + (f"not heard of since {_short(one['heartbeat_at'])} UTC" if one["stale"] else
                                     f"job {one['job']}" if one["job"] else "waits") for one in value["workers"]]
     console.print(f"{'workers':<10}{', '.join(said) or 'none runs'}")
     for title, rows in (("Running", value["running"]), ("Waiting for a person", value["held"])):
@@ -91,7 +91,7 @@ def print_study(console: Console, value: Mapping[str, Any]) -> None:
     for name in ("at", "what", "change", "reason", "actor"):
         table.add_column(name, overflow="fold", no_wrap=name in ("at", "what", "change"))
     for event in value["events"]:
-        what = f"job {event['job']}" if event["job"] else event["kind"]
+        what = f"job {event['job']}" if event["kind"] == "job" else event["kind"]
         change = " → ".join(filter(None, [event["from_state"], event["to_state"]])) or event["code"]
         table.add_row(_short(event["at"]), what, change, escape(event["reason"]), escape(event["actor"]))
     console.print(table)
@@ -212,7 +212,9 @@ def _measured(report: Mapping[str, Any]) -> str:
 
 
 def _line(console: Console, state: str, reason: str, indent: str = "  ") -> None:
-    console.print(f"{indent}{_state(state)}  {escape(reason)}".rstrip())
+    grid = Table.grid(padding=(0, 2))  # long reasons are folded below their beginning
+    grid.add_row(f"{indent}{_state(state)}", escape(reason))
+    console.print(grid)
 
 
 def _why(row: Mapping[str, Any]) -> str:

@@ -373,7 +373,7 @@ def test_a_job_is_committed_when_every_delivery_that_can_be_proven_is(tmp_path: 
             prove(here)
             assert states(here, job_id) == ("committed", ["delivered", "committed"])
             reason = here.ledger.job(job_id)["reason"]
-            assert "PACS: 4 instances confirmed" in reason and "ARCHIVE: storage commitment" in reason
+            assert "PACS: 4 instances stored" in reason and "ARCHIVE: storage commitment" in reason
 
 
 def test_a_peer_whose_proof_is_no_longer_wanted_is_done(tmp_path: Path) -> None:

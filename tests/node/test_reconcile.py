@@ -253,7 +253,7 @@ def test_find_fetch_and_reconcile_from_the_command_line(tmp_path: Path) -> None:
         assert (study["accession_number"], study["study_date"]) == ("A7", "20200102")
         listed = run(config, "find", "PACS", "--study", "A7").stdout
         assert PET_UID in listed and "8 images" in listed
-        assert "holds nothing" in run(config, "find", "PACS", "--date", "2020-01-03").stdout
+        assert "lists no study of 2020-01-03" in run(config, "find", "PACS", "--date", "2020-01-03").stdout
         fetched = json.loads(run(config, "fetch", "PACS", "A7", "--json").stdout)
         assert (fetched["sent"], fetched["here"]) == (8, 8)
         assert "8 images of it are here" in run(config, "fetch", "PACS", PET_UID).stdout
