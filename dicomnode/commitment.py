@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
+from pydicom.dataset import Dataset
+
+from dicomnode.headers import integer, items, text
 from dicomnode.ledger import Ledger
 from dicomnode.logs import get_logger
 
@@ -25,6 +27,7 @@ REASONS: Mapping[int, str] = {
     0x0131: "duplicate transaction UID",
     0x0213: "resource limitation",
 }
+UNKNOWN_REASON = 0x0110  # an item of FailedSOPSequence without a reason has failed all the same
 DUPLICATE_TRANSACTION = 0x0131  # nothing is wrong with the instance: it is asked for again, not sent again
 PROVEN = "storage commitment"
 
@@ -78,20 +81,22 @@ def unanswered(ledger: Ledger, transaction_uid: str, state: str, reason: str) ->
                    (state, reason, transaction_uid))
 
 
-def report(ledger: Ledger, information: Any, *, event_type: int, calling_ae: str, now: float) -> int:
+def report(ledger: Ledger, information: Dataset, *, event_type: int, calling_ae: str, now: float) -> int:
     """The status to answer an N-EVENT-REPORT with whose Event Information (PS3.4 Table J.3-2) is this data set."""
-    try:
-        succeeded = [(str(item.ReferencedSOPClassUID), str(item.ReferencedSOPInstanceUID))
-                     for item in information.get("ReferencedSOPSequence") or ()]
-        failed = [(str(item.ReferencedSOPClassUID), str(item.ReferencedSOPInstanceUID), int(item.FailureReason))
-                  for item in information.get("FailedSOPSequence") or ()]
-        transaction_uid = str(information.TransactionUID)
-    except (AttributeError, TypeError, ValueError) as error:
+    transaction_uid = text(information, "TransactionUID")
+    succeeded = [_named(item) for item in items(information, "ReferencedSOPSequence")]
+    failed = [(*_named(item), integer(item, "FailureReason") or UNKNOWN_REASON)
+              for item in items(information, "FailedSOPSequence")]
+    if not transaction_uid or not all(uid for _, uid, *_ in (*succeeded, *failed)):
         log.warning("a storage commitment report cannot be read", action="commitment_unreadable",
-                    calling_ae=calling_ae, error=str(error)[:200])
+                    calling_ae=calling_ae)
         return INVALID_ARGUMENT
     return answered(ledger, transaction_uid=transaction_uid, calling_ae=calling_ae, event_type=event_type,
                     succeeded=succeeded, failed=failed, now=now)
+
+
+def _named(item: Dataset) -> tuple[str, str]:
+    return text(item, "ReferencedSOPClassUID"), text(item, "ReferencedSOPInstanceUID")
 
 
 def answered(ledger: Ledger, *, transaction_uid: str, calling_ae: str, event_type: int,

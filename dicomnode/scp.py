@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 import threading
+import time
 from collections.abc import Callable
 from typing import cast
 
@@ -61,6 +62,7 @@ __all__ = ["CONFLICT", "Receiver", "STORAGE_CLASSES", "TRANSFER_SYNTAXES"]
 log = get_logger("scp")
 SUCCESS = 0x0000
 VERIFICATION = "1.2.840.10008.1.1"
+STOP_S = 4.0  # how long the associations that are open may take to end, all together
 
 #: In order of preference, where a peer offers several in one presentation context.
 TRANSFER_SYNTAXES = (
@@ -188,8 +190,9 @@ class Receiver:
         left = [assoc for server, _ in self._servers for assoc in server.associations()]
         for assoc in left:
             assoc.abort(block=False)
+        until = time.monotonic() + STOP_S
         for assoc in left:
-            assoc.join(2.0)
+            assoc.join(max(0.0, until - time.monotonic()))
         self._committer.close()
         self._desk.close()
         self._security.close()

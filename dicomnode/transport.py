@@ -28,10 +28,11 @@ from pynetdicom.ae import ApplicationEntity
 from pynetdicom.association import Association
 from pynetdicom.dimse import DIMSEServiceProvider
 from pynetdicom.dimse_messages import DIMSEMessage
-from pynetdicom.dimse_primitives import C_STORE
+from pynetdicom.dimse_primitives import C_ECHO, C_STORE
 from pynetdicom.dul import DULServiceProvider
 from pynetdicom.pdu_primitives import P_DATA
 from pynetdicom.presentation import PresentationContext
+from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]
 from pynetdicom.transport import AssociationSocket
 
 from dicomnode.command import store_response
@@ -346,7 +347,10 @@ class Acceptor(Association):
             _forget(getattr(msg, "DataSet", None))  # also of a request that no handler got to see
 
     def _serve(self, msg: Any, context_id: int) -> None:
-        if not msg.is_valid_request:  # pynetdicom would say nothing and let the peer wait
+        # pynetdicom would say nothing to the first and let the peer wait; and to the second, whose object nobody would
+        # have kept, it would say 0x0000.
+        echo = getattr(msg, "AffectedSOPClassUID", None) == Verification
+        if not msg.is_valid_request or echo != isinstance(msg, C_ECHO):
             self.abort()
             return
         service, context = self.services.get(type(msg)), self._accepted_cx.get(context_id)

@@ -32,7 +32,7 @@ from dicomnode.spool import Spool, valid_uid
 from dicomnode.stored import sha256_of
 
 __all__ = ["PUSH_MODEL", "PUSH_MODEL_INSTANCE", "BadRequest", "Reporter", "Request", "Verdict", "answered", "enter",
-           "event_report", "read_request", "verify"]
+           "event_report", "owed", "read_request", "verify"]
 
 PUSH_MODEL = UID("1.2.840.10008.1.20.1")
 PUSH_MODEL_INSTANCE = UID("1.2.840.10008.1.20.1.1")
@@ -99,6 +99,12 @@ def enter(ledger: Ledger, request: Request, *, calling_ae: str, address: str, no
         ledger.event("reception", now=now, code="commitment", actor=calling_ae, to_state="waiting",
                      reason=f"commitment to {len(request.items)} objects is asked for, transaction "
                             f"{request.transaction_uid}")
+
+
+def owed(ledger: Ledger, transaction_uid: str, calling_ae: str) -> bool:
+    """Whether the peer still waits for the report."""
+    return bool(ledger.query("SELECT 1 FROM commitment_request WHERE transaction_uid = ? AND calling_ae = ? "
+                             "AND state = 'waiting'", (transaction_uid, calling_ae)))
 
 
 def answered(ledger: Ledger, transaction_uid: str, calling_ae: str, *, now: float, verdict: Verdict) -> None:
@@ -271,9 +277,7 @@ class Reporter:
 
     def _again(self, row: dict[str, Any], reason: str) -> None:
         now = self._clock()
-        current = self._ledger.query("SELECT state FROM commitment_request WHERE transaction_uid = ? "
-                                     "AND calling_ae = ?", (row["transaction_uid"], row["calling_ae"]))
-        if not current or current[0]["state"] != "waiting":
+        if not owed(self._ledger, row["transaction_uid"], row["calling_ae"]):
             return  # told meanwhile, before a later one of the same association failed
         if now - row["asked_at"] >= GIVE_UP_S:
             self._give_up(row, f"{reason}; given up after {row['attempts'] + 1} attempts")

@@ -23,7 +23,7 @@ from pynetdicom.presentation import PresentationContext, build_context
 from dicomnode.config import Config
 from dicomnode.errors import CannotUnderstand, NodeError, NotAllowed
 from dicomnode.gate import SecurityLog, printable
-from dicomnode.headers import UNREADABLE, items, text
+from dicomnode.headers import UNREADABLE
 from dicomnode.intake import Intake
 from dicomnode.ledger import Ledger
 from dicomnode.logs import get_logger
@@ -58,6 +58,12 @@ class NoSuchAction(NodeError):
     status = 0x0123  # PS3.7 Annex C: no such action
 
 
+class NotOffered(NodeError):
+    """A request on a presentation context of another service."""
+
+    status = 0x0122  # PS3.7 Annex C: refused, SOP class not supported
+
+
 class Busy(NodeError):
     """Other retrievals are under way, or more is asked for than can be counted."""
 
@@ -87,17 +93,19 @@ class Desk:
     @property
     def services(self) -> Mapping[type, Service]:
         """Request primitive -> who serves it."""
-        served: dict[type, tuple[str, Callable[..., None]]] = {
-            C_FIND: ("may_query", self._find), C_MOVE: ("may_query", self._move), C_GET: ("may_query", self._get),
-            N_ACTION: ("may_send", self._commit), N_EVENT_REPORT: ("", self._hear)}
-        return {primitive: partial(self._serve, right, work) for primitive, (right, work) in served.items()}
+        served: dict[type, tuple[str, tuple[str, ...], Callable[..., None]]] = {
+            C_FIND: ("may_query", _models(1), self._find), C_MOVE: ("may_query", _models(2), self._move),
+            C_GET: ("may_query", _models(3), self._get),
+            N_ACTION: ("may_send", (commitscp.PUSH_MODEL,), self._commit),
+            N_EVENT_REPORT: ("", (commitscp.PUSH_MODEL,), self._hear)}
+        return {primitive: partial(self._serve, *how) for primitive, how in served.items()}
 
     def contexts(self) -> list[PresentationContext]:
         """What is accepted besides storage and verification."""
         services = self._config.services
         found = []
         if services.query_retrieve:
-            found += [f"{root}.{service}" for root in (PATIENT_ROOT, STUDY_ROOT) for service in (1, 2, 3)]
+            found += [model for service in (1, 2, 3) for model in _models(service)]
         contexts = [build_context(uid, [ExplicitVRLittleEndian, ImplicitVRLittleEndian]) for uid in found]
         if services.storage_commitment or any(peer.confirm == "commitment" for peer in self._config.peer):
             contexts.append(build_context(commitscp.PUSH_MODEL, [ExplicitVRLittleEndian, ImplicitVRLittleEndian]))
@@ -111,13 +119,15 @@ class Desk:
 
     # --- serving
 
-    def _serve(self, right: str, work: Callable[[Acceptor, Any, PresentationContext], None], assoc: Acceptor,
-               request: Any, context: PresentationContext) -> None:
+    def _serve(self, right: str, models: tuple[str, ...], work: Callable[[Acceptor, Any, PresentationContext], None],
+               assoc: Acceptor, request: Any, context: PresentationContext) -> None:
         """Never raises: whatever goes wrong, the peer hears a status."""
         calling, address = printable(assoc.requestor.ae_title.strip()), peer_address(assoc)
         try:
             if right and not any(getattr(peer, right) for peer in assoc.callers):
                 raise NotAllowed(f"{calling} has no right to {type(request).__name__.replace('_', '-')} ({right})")
+            if context.abstract_syntax not in models:
+                raise NotOffered("the presentation context of the request is of another service")
             work(assoc, request, context)
         except NodeError as error:
             if isinstance(error, NotAllowed):
@@ -226,6 +236,8 @@ class Desk:
     def _report_here(self, assoc: Acceptor, context: PresentationContext, asked: commitscp.Request) -> None:
         """The peer kept the association open: it may want the answer here (PS3.4 J.3.3)."""
         calling = assoc.requestor.ae_title.strip()
+        if not commitscp.owed(self._reading, asked.transaction_uid, calling):
+            return  # it was told meanwhile, on an association of our own
         verdict = commitscp.verify(self._reading, self._spool, asked.items, calling_ae=calling)
         event_type, information = commitscp.event_report(asked.transaction_uid, verdict,
                                                          ae_title=self._config.node.ae_title)
@@ -242,16 +254,14 @@ class Desk:
         """A peer reports on what we asked it to commit to."""
         from dicomnode import commitment
 
-        information = _decoded(request.EventInformation, context)
-        succeeded = [(text(item, "ReferencedSOPClassUID"), text(item, "ReferencedSOPInstanceUID"))
-                     for item in items(information, "ReferencedSOPSequence")]
-        failed = [(text(item, "ReferencedSOPClassUID"), text(item, "ReferencedSOPInstanceUID"),
-                   int(text(item, "FailureReason") or "0"))
-                  for item in items(information, "FailedSOPSequence")]
-        status = commitment.answered(
-            self._writing, transaction_uid=text(information, "TransactionUID"), succeeded=succeeded, failed=failed,
-            calling_ae=assoc.requestor.ae_title.strip(), event_type=request.EventTypeID or 0, now=self._clock())
+        status = commitment.report(
+            self._writing, _decoded(request.EventInformation, context), event_type=request.EventTypeID or 0,
+            calling_ae=assoc.requestor.ae_title.strip(), now=self._clock())
         _reply(assoc, request, context, status)
+
+
+def _models(service: int) -> tuple[str, ...]:
+    return f"{PATIENT_ROOT}.{service}", f"{STUDY_ROOT}.{service}"
 
 
 def _fitting(request: Any, status: int) -> int:

@@ -7,6 +7,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -329,6 +330,23 @@ def test_what_a_report_does_not_name_is_not_proven(tmp_path: Path) -> None:
         assert states(here, job_id) == ("committed", ["committed"])
         assert [len(request.ReferencedSOPSequence) for request in archive.requests] == [4, 2]
         assert len(archive.stored) == 4
+
+
+def test_a_failure_without_a_reason_is_a_failure(tmp_path: Path) -> None:
+    """FailureReason is empty: that instance is sent again, and an item that names none refuses the report."""
+    with Archive(answer="never", verdict=lambda uid: 0x0110) as archive, line(tmp_path, archive) as here:
+        job_id = sent(here)
+        prove(here, stay_s=0)
+        report = archive.report(archive.requests[0])
+        for item in report.FailedSOPSequence:
+            item.FailureReason = None
+        nameless = deepcopy(report)
+        nameless.FailedSOPSequence[0].ReferencedSOPInstanceUID = ""
+        for information, status in ((nameless, 0x0115), (report, 0x0000)):
+            assert commitment.report(here.ledger, information, event_type=2, calling_ae="ARCHIVE",
+                                     now=here.now) == status
+        prove(here)
+        assert states(here, job_id) == ("sending", ["waiting"])
 
 
 def test_find_proves_a_delivery_and_what_is_lacking_is_sent_again(tmp_path: Path) -> None:

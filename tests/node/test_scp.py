@@ -293,6 +293,14 @@ def test_request_that_contradicts_its_data_set_is_refused(receiver: ReceiverProc
         assert ledger.known(dataset.SOPInstanceUID) is None
 
 
+def test_an_object_sent_as_if_it_were_an_echo_is_not_answered_with_success(receiver: ReceiverProcess):
+    """C-STORE of the Verification SOP Class: nobody keeps it, so nobody may say 0x0000."""
+    verification = "1.2.840.10008.1.1"
+    assoc = associate(receiver.port, [(verification, ["1.2.840.10008.1.2.1"])])
+    assert store_encoded(assoc, verification, "1.2.3", encoded(ct_series(slices=1)[0])) is None
+    wait_until("the association to be aborted", lambda: not assoc.is_established)
+
+
 @pytest.mark.parametrize("missing", ["StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID"])
 def test_object_without_identity_is_refused(assoc: Association, missing: str):
     """0xC000, the comment names the attribute."""

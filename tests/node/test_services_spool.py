@@ -20,7 +20,7 @@ from pydicom.uid import (
     RLELossless,
 )
 from pynetdicom import AE, build_context, build_role, evt
-from pynetdicom.dimse_primitives import C_GET
+from pynetdicom.dimse_primitives import C_FIND, C_GET
 from pynetdicom.dsutils import encode
 
 from dicomnode.services.desk import RETRIEVALS
@@ -149,6 +149,20 @@ def test_a_query_that_does_not_fit_is_answered_not_aborted(spool):
     for asked, status in ((identifier("SERIES", SeriesInstanceUID=""), 0xA900),
                           (identifier("STUDY", StudyInstanceUID=STUDY), 0x0000)):
         assert list(assoc.send_c_find(asked, STUDY_FIND))[-1][0].Status == status
+    assoc.release()
+
+
+def test_a_query_on_a_context_of_another_service_is_refused(spool):
+    """What is not offered (services.query_retrieve) is not had through the door of storage either: 0x0122."""
+    assoc = associated(spool.port, CT, calling="VIEWER")
+    request = C_FIND()
+    request.MessageID, request.Priority, request.AffectedSOPClassUID = 1, 2, STUDY_FIND
+    request.Identifier = BytesIO(encode(identifier("STUDY", StudyInstanceUID=""), False, True))
+    assoc._reactor_checkpoint.clear()
+    assoc.dimse.send_msg(request, assoc.accepted_contexts[0].context_id)
+    _, response = assoc.dimse.get_msg(block=True)
+    assoc._reactor_checkpoint.set()
+    assert response.Status == 0x0122
     assoc.release()
 
 
