@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from dicomnode.config import Config
-from dicomnode.errors import NodeError
+from dicomnode.errors import LedgerCorrupt, NodeError
 from dicomnode.ledger import Ledger
 from dicomnode.logs import configure, get_logger
 from dicomnode.process import Pulse
@@ -23,6 +23,7 @@ from dicomnode.spoolcheck import at_start
 __all__ = ["run"]
 
 POLL_S = 0.5
+CHECKED_FIRST = 2**30  # bytes; reading a larger ledger takes minutes, and the scanners are not to wait for it
 
 
 def run(config: Config, *, stop: threading.Event, ready: Callable[[], None], pulse: Pulse | None = None,
@@ -37,7 +38,7 @@ def run(config: Config, *, stop: threading.Event, ready: Callable[[], None], pul
     log = get_logger("receive")
     spool = Spool(config.node.data_dir)
     with _only_receiver(spool.data_dir), Ledger(spool.ledger_path) as ledger:
-        ledger.check()
+        damage = _Damage(ledger)
         swept = spool.sweep_incoming()
         found = at_start(ledger, spool, now=time.time())
         if found.missing or found.unknown or found.held:
@@ -57,12 +58,37 @@ def run(config: Config, *, stop: threading.Event, ready: Callable[[], None], pul
             while not stop.wait(POLL_S):
                 if reloader is not None:
                     reloader.take(ledger, partial(_reconfigure, receiver), now=time.time())
+                damage.tell()
                 if dead := receiver.dead():
                     raise NodeError(f"the receiver's thread {dead} ended. Remedy: the log says why; the receiver is to "
                                     "be started again.")
         finally:
             receiver.stop()
             log.info("The receiver has stopped.", action="receiver_stopped")
+
+
+class _Damage:
+    """Whether the ledger is sound: known at once, of a large one while objects come in already."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._found: LedgerCorrupt | None = None
+        if ledger.path.stat().st_size <= CHECKED_FIRST:
+            ledger.check()
+        else:
+            own = Ledger(ledger.path)  # a connection of its own: nobody waits for it
+            threading.Thread(target=self._look, args=(own,), name="ledger-check", daemon=True).start()
+
+    def _look(self, own: Ledger) -> None:
+        try:
+            with own:
+                own.check()
+        except LedgerCorrupt as error:
+            self._found = error
+
+    def tell(self) -> None:
+        """Raises LedgerCorrupt once it is known to be damaged."""
+        if self._found is not None:
+            raise self._found
 
 
 def _reconfigure(receiver: Receiver, config: Config) -> None:

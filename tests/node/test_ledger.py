@@ -7,11 +7,13 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from dicomnode import receive
 from dicomnode.errors import LedgerCorrupt, NotFound, TransitionRefused
 from dicomnode.ledger import SCHEMA_VERSION, InstanceRow, Ledger, NewJob
 from tests.node.test_states import digest, instance
@@ -127,6 +129,26 @@ def test_damaged_file_is_reported_with_a_remedy(tmp_path: Path, start: int):
     path.write_bytes(data)
     with pytest.raises(LedgerCorrupt, match=r"Remedy: .*backup"):
         Ledger(path).check()
+
+
+@pytest.mark.parametrize("size", [2**30, 0])
+def test_damage_is_told_at_once_and_of_a_large_ledger_while_the_node_receives(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int):
+    """A ledger of years takes minutes to read: nobody waits for it, and the damage ends the receiver all the same."""
+    monkeypatch.setattr(receive, "CHECKED_FIRST", size)
+    path = tmp_path / "ledger.sqlite3"
+    with Ledger(path) as ledger:
+        ledger.add_instances([instance("1.2", f"1.2.{number}", "a", now=1.0) for number in range(200)])
+        root = ledger.query("SELECT rootpage FROM sqlite_master WHERE name = 'instance'")[0]["rootpage"]
+    data = bytearray(path.read_bytes())
+    data[(root - 1) * 4096 + 12:root * 4096] = b"\xff" * (4096 - 12)
+    path.write_bytes(data)
+    with Ledger(path) as ledger, pytest.raises(LedgerCorrupt, match="Remedy"):  # noqa: PT012 - found in either line
+        damage = receive._Damage(ledger)
+        until = time.monotonic() + 10
+        while time.monotonic() < until:
+            damage.tell()
+            time.sleep(0.01)
 
 
 def test_ledger_of_a_newer_version_is_refused(tmp_path: Path):
