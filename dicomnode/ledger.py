@@ -18,7 +18,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
-from dicomnode.errors import LedgerCorrupt, NotFound, TransitionRefused
+from dicomnode.errors import LedgerCorrupt, NodeError, NotFound, TransitionRefused
 from dicomnode.migrations import SCHEMA_VERSION, migrate, require_no_repair
 from dicomnode.states import after_deliveries, may_follow
 
@@ -34,6 +34,9 @@ def _statements() -> dict[str, str]:
 
 
 SQL = _statements()
+#: What is wrong then is not in the file (sqlite.org/rescode.html): the disk, the rights, or who keeps it locked.
+_PASSING = frozenset({sqlite3.SQLITE_PERM, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_NOMEM,
+                      sqlite3.SQLITE_READONLY, sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN})
 _REMEDY = "Remedy: stop the node, then `dicomnode repair`, which keeps the file; or restore a backup."
 
 
@@ -82,7 +85,8 @@ class NewJob:
 class Ledger:
     """Opens (and at first use creates) the ledger at `path`.
 
-    Raises LedgerCorrupt where the file is damaged, in repair, or written by a newer version.
+    Raises LedgerCorrupt where the file is damaged, in repair, or written by a newer version, NodeError where the disk
+    is full, it is locked for long, or may not be written.
     """
 
     def __init__(self, path: Path, *, timeout_s: float = 30.0) -> None:
@@ -97,9 +101,7 @@ class Ledger:
             self._db.execute("PRAGMA foreign_keys=ON")
             migrate(self._db, self.path, SQL["schema"])
         except sqlite3.DatabaseError as error:
-            raise LedgerCorrupt(
-                f"ledger {self.path} cannot be opened: {error}. {_REMEDY}"
-            ) from error
+            raise self._wrong(f"cannot be opened: {error}", error) from error
 
     def close(self) -> None:
         with self._lock:
@@ -112,13 +114,19 @@ class Ledger:
         self.close()
 
     def check(self) -> None:
-        """Read every page of the file. Raises LedgerCorrupt with what sqlite found."""
+        """Read every page of the file. Raises LedgerCorrupt with what sqlite found, NodeError where it cannot look."""
         try:
             found = [row[0] for row in self.query("PRAGMA quick_check")]
         except sqlite3.DatabaseError as error:
-            found = [str(error)]
+            raise self._wrong(f"is damaged: {error}", error) from error
         if found != ["ok"]:
-            raise LedgerCorrupt(f"ledger {self.path} is damaged: {found[0]}. {_REMEDY}")
+            raise self._wrong(f"is damaged: {found[0]}")
+
+    def _wrong(self, what: str, error: sqlite3.Error | None = None) -> NodeError:
+        if error is not None and getattr(error, "sqlite_errorcode", 0) & 0xFF in _PASSING:
+            return NodeError(f"ledger {self.path} cannot be used now: {error}. Remedy: look at disk space and rights "
+                             "of the data directory, and at what else has the ledger open; it needs no repair")
+        return LedgerCorrupt(f"ledger {self.path} {what}. {_REMEDY}")
 
     # --- basics
 
@@ -450,31 +458,6 @@ class Ledger:
             db.execute("UPDATE psf SET forgotten_at = ? WHERE id = ?", (now, psf_id))
             self.event("psf", now=now, study_uid=row["study_uid"], series_uid=row["series_uid"], job_id=row["job_id"],
                        from_state=row["kind"], to_state="forgotten", actor=actor)
-
-    # --- clock
-
-    def mend_times(self, *, now: float, longest_wait_s: float) -> int:
-        """After the clock was set back: what lies ahead of any wait there is becomes `now`, or it would be waited for.
-
-        Instances cannot have come in the future (a minute is granted), nothing is due later than `longest_wait_s`
-        from now. How many times were mended.
-        """
-        ahead, far = now + 60.0, now + longest_wait_s
-        late = "SELECT series_uid FROM series WHERE state IN ('receiving', 'waiting') AND last_at > ?"
-        mended = 0
-        with self.transaction() as db:
-            for update, values in (
-                (f"UPDATE instance SET received_at = ? WHERE received_at > ? AND series_uid IN ({late})",
-                 (now, ahead, ahead)),
-                ("UPDATE series SET last_at = ? WHERE state IN ('receiving', 'waiting') AND last_at > ?", (now, ahead)),
-                ("UPDATE series SET until = ? WHERE state = 'waiting' AND until > ?", (now, far)),
-                ("UPDATE job SET run_after = ? WHERE state IN ('queued', 'failed') AND run_after > ?", (now, far)),
-                ("UPDATE delivery SET next_at = ? WHERE state = 'waiting' AND next_at > ?", (now, far)),
-                ("UPDATE delivery SET prove_at = ? WHERE state = 'delivered' AND prove_at > ?", (now, far)),
-                ("UPDATE commitment SET due_at = ? WHERE state = 'asked' AND due_at > ?", (now, far)),
-            ):
-                mended += db.execute(update, values).rowcount
-        return mended
 
     # --- looking
 

@@ -18,7 +18,7 @@ from dicomnode.process import Pulse
 from dicomnode.reload import Reloader
 from dicomnode.scp import Receiver
 from dicomnode.spool import Spool
-from dicomnode.spoolcheck import at_start
+from dicomnode.spoolcheck import at_start, require_jobs
 
 __all__ = ["run"]
 
@@ -39,13 +39,12 @@ def run(config: Config, *, stop: threading.Event, ready: Callable[[], None], pul
     spool = Spool(config.node.data_dir)
     with _only_receiver(spool.data_dir), Ledger(spool.ledger_path) as ledger:
         damage = _Damage(ledger)
+        require_jobs(ledger, spool)
         swept = spool.sweep_incoming()
         found = at_start(ledger, spool, now=time.time())
-        if found.missing or found.unknown or found.held:
-            log.warning(f"{found.missing} objects have no file, {found.unknown} files have no row; held: "
-                        f"{', '.join(found.held) or 'nothing'}. Remedy: stop the node; `dicomnode repair --dry-run` "
-                        "says which, `dicomnode repair` mends what it can", action="spool_damaged",
-                        missing=found.missing, unknown=found.unknown, held=len(found.held))
+        if found.alarming:
+            log.warning(str(found), action="spool_damaged", missing=found.missing, unknown=found.unknown,
+                        held=len(found.held))
         receiver = Receiver(config, spool, ledger, clock=time.time)
         receiver.start()
         node, known = config.node, ledger.counts()["instance"]["all"]
@@ -84,6 +83,8 @@ class _Damage:
                 own.check()
         except LedgerCorrupt as error:
             self._found = error
+        except NodeError as error:
+            get_logger("receive").warning(str(error), action="ledger_unchecked")
 
     def tell(self) -> None:
         """Raises LedgerCorrupt once it is known to be damaged."""

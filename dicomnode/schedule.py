@@ -18,7 +18,7 @@ from dicomnode.ledger import Ledger
 from dicomnode.logs import get_logger
 from dicomnode.spool import Spool
 
-__all__ = ["DELIVER_S", "MATCH_S", "TIDY_S", "build", "mend", "sweep_work"]
+__all__ = ["DELIVER_S", "MATCH_S", "TIDY_S", "build", "mend", "mend_times", "sweep_work"]
 
 MATCH_S = 1.0
 DELIVER_S = 1.0
@@ -56,6 +56,30 @@ def mend(scheduler: BackgroundScheduler) -> int:
     for job in late:
         job.modify(next_run_time=now)
     return len(late)
+
+
+def mend_times(ledger: Ledger, *, now: float, longest_wait_s: float) -> int:
+    """After the clock was set back: what lies ahead of any wait there is becomes `now`, or it would be waited for.
+
+    Instances cannot have come in the future (a minute is granted), nothing is due later than `longest_wait_s`
+    from now. How many times were mended.
+    """
+    ahead, far = now + 60.0, now + longest_wait_s
+    late = "SELECT series_uid FROM series WHERE state IN ('receiving', 'waiting') AND last_at > ?"
+    mended = 0
+    with ledger.transaction() as db:
+        for update, values in (
+            (f"UPDATE instance SET received_at = ? WHERE received_at > ? AND series_uid IN ({late})",
+             (now, ahead, ahead)),
+            ("UPDATE series SET last_at = ? WHERE state IN ('receiving', 'waiting') AND last_at > ?", (now, ahead)),
+            ("UPDATE series SET until = ? WHERE state = 'waiting' AND until > ?", (now, far)),
+            ("UPDATE job SET run_after = ? WHERE state IN ('queued', 'failed') AND run_after > ?", (now, far)),
+            ("UPDATE delivery SET next_at = ? WHERE state = 'waiting' AND next_at > ?", (now, far)),
+            ("UPDATE delivery SET prove_at = ? WHERE state = 'delivered' AND prove_at > ?", (now, far)),
+            ("UPDATE commitment SET due_at = ? WHERE state = 'asked' AND due_at > ?", (now, far)),
+        ):
+            mended += db.execute(update, values).rowcount
+    return mended
 
 
 class _Steady:

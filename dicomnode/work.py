@@ -304,7 +304,7 @@ def _tidy(config: Config, ledger: Ledger, spool: Spool, *, now: float) -> None:
     complete = config.completeness
     waits = [complete.give_up_h * 3600, complete.ct_wait_s, 1.25 * config.delivery.retry_max_s, LONGEST_WAIT_S,
              config.delivery.commitment_timeout_s, *(route.ct_wait_s or 0.0 for route in config.route)]
-    mended = ledger.mend_times(now=now, longest_wait_s=max(waits) + complete.quiet_s + 60)
+    mended = schedule.mend_times(ledger, now=now, longest_wait_s=max(waits) + complete.quiet_s + 60)
     if mended:
         log.warning("times ahead of the clock were set to now: was the clock set back?", action="times_mended",
                     times=mended)

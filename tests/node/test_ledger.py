@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from dicomnode import receive
-from dicomnode.errors import LedgerCorrupt, NotFound, TransitionRefused
+from dicomnode.errors import LedgerCorrupt, NodeError, NotFound, TransitionRefused
 from dicomnode.ledger import SCHEMA_VERSION, InstanceRow, Ledger, NewJob
+from dicomnode.schedule import mend_times
 from tests.node.test_states import digest, instance
 
 JOB = NewJob(identity="i", series_uid="1.2.1", study_uid="1", guide_series_uid="1.2.2", route="r", method="tv",
@@ -151,6 +152,20 @@ def test_damage_is_told_at_once_and_of_a_large_ledger_while_the_node_receives(
             time.sleep(0.01)
 
 
+def test_ledger_that_is_locked_or_out_of_reach_is_not_called_damaged(tmp_path: Path):
+    """Nobody is sent to repair a sound file."""
+    with pytest.raises(NodeError, match="needs no repair") as caught:
+        Ledger(tmp_path / "nowhere" / "ledger.sqlite3")
+    assert not isinstance(caught.value, LedgerCorrupt)
+    path = tmp_path / "ledger.sqlite3"
+    with Ledger(path), sqlite3.connect(path) as other:
+        other.execute("PRAGMA user_version=2")  # as before an upgrade
+        other.commit()
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(NodeError, match=r"locked.*needs no repair"):
+            Ledger(path, timeout_s=0.01)
+
+
 def test_ledger_of_a_newer_version_is_refused(tmp_path: Path):
     """Never written to by software that does not know it."""
     Ledger(tmp_path / "l").close()
@@ -240,12 +255,12 @@ def test_times_that_a_wrong_clock_stamped_are_not_waited_for(ledger: Ledger):
     ledger.set_series("1.2.4", "complete", now=ahead)
     ledger.add_job(replace(JOB, identity="future", series_uid="1.2.4"), now=ahead)
     assert ledger.due_series(now=200, quiet_s=30) == [] and ledger.claim("w", now=200, lease_s=60) is None
-    assert ledger.mend_times(now=100, longest_wait_s=86400) == 2 + 2 + 1 + 1  # instances, arrivals, until, job
+    assert mend_times(ledger, now=100, longest_wait_s=86400) == 2 + 2 + 1 + 1  # instances, arrivals, until, job
     assert [row["series_uid"] for row in ledger.due_series(now=130, quiet_s=30)] == ["1.2.1", "1.2.2"]
     assert [row["received_at"] for row in ledger.instances("1.2.1")] == [100]
     assert ledger.series("1.2.3")["until"] == 5000
     assert ledger.claim("w", now=130, lease_s=60) is not None
-    assert ledger.mend_times(now=101, longest_wait_s=86400) == 0
+    assert mend_times(ledger, now=101, longest_wait_s=86400) == 0
 
 
 # --- jobs
