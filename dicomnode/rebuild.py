@@ -25,7 +25,7 @@ from dicomnode.psflibrary import keep_found
 from dicomnode.retention import MEMO
 from dicomnode.salvage import TABLES, Salvaged, sound_row
 from dicomnode.spool import Spool, valid_uid
-from dicomnode.spoolcheck import LOST, flaw
+from dicomnode.spoolcheck import LOST, flaw, was_purged
 from dicomnode.stored import Stored, read_stored
 
 __all__ = ["Lost", "Rebuilt", "rebuild"]
@@ -73,9 +73,13 @@ class Rebuilt:
         return bool(self.refused or self.unread or self.entered or self.restarted or self.lost or self.moves)
 
 
-def rebuild(ledger: Ledger, spool: Spool, tables: Mapping[str, Salvaged], *, now: float) -> Rebuilt:
-    """Fill the empty `ledger`. Nothing on disk is touched. Raises OSError, sqlite3.Error."""
-    work = _Rebuild(ledger, spool, now)
+def rebuild(ledger: Ledger, spool: Spool, tables: Mapping[str, Salvaged], *, sound: bool,
+            now: float) -> Rebuilt:
+    """Fill the empty `ledger`; rows of a `sound` one are believed. Nothing on disk is touched.
+
+    Raises OSError, sqlite3.Error.
+    """
+    work = _Rebuild(ledger, spool, sound, now)
     work.done.unread = [name for name in TABLES if tables[name].damaged]
     with ledger.transaction():
         first = ("instance", "conflict", "series", "job", "event")
@@ -92,8 +96,8 @@ def rebuild(ledger: Ledger, spool: Spool, tables: Mapping[str, Salvaged], *, now
 
 
 class _Rebuild:
-    def __init__(self, ledger: Ledger, spool: Spool, now: float) -> None:
-        self._ledger, self._spool, self._now = ledger, spool, now
+    def __init__(self, ledger: Ledger, spool: Spool, sound: bool, now: float) -> None:
+        self._ledger, self._spool, self._sound, self._now = ledger, spool, sound, now
         self._reports: dict[int, dict[str, Any]] = {}  # of jobs that were entered from them
         self._orphans: set[str] = set()  # series whose derived one nobody knows how it was made
         self._entered_of: Counter[str] = Counter()
@@ -111,7 +115,7 @@ class _Rebuild:
                 for whole in tables[name].rows:
                     row = {key: value for key, value in whole.items() if key in known}
                     try:
-                        if not sound_row(name, row, columns):
+                        if not self._sound and not sound_row(name, row, columns):
                             raise ValueError
                         db.execute(f"INSERT INTO {name} ({', '.join(row)}) VALUES "
                                    f"({', '.join(f':{key}' for key in row)})", row)
@@ -133,10 +137,22 @@ class _Rebuild:
                     "SELECT 1 FROM job WHERE id = ? OR identity = ?", (int(folder.name), report["identity"])):
                 continue
             recipe = report.pop("job", None)
-            if not _usable(recipe):
+            if _usable(recipe):
+                self._enter_job(int(folder.name), folder, report, recipe)
+            else:
                 self._orphans.add(str(report.get("source", {}).get("series_uid", "")))
-                continue
-            self._enter_job(int(folder.name), folder, report, recipe)
+        for folder in self._numbered("derived"):
+            if not self._ledger.query("SELECT 1 FROM job WHERE id = ?", (int(folder.name),)):
+                self._strange(folder)
+
+    def _strange(self, folder: Path) -> None:
+        """A derived folder that tells too little to bring its job back must not lie where another job would build."""
+        source = (_report(folder) or {}).get("source", {})
+        target = self._spool.data_dir / "damaged" / f"derived-{folder.name}.{int(self._now)}"
+        self.done.moves.append((folder, target))
+        self.done.lost.append(Lost(str(source.get("study_uid", "")), str(source.get("series_uid", "")), "",
+                                   f"the job of derived/{folder.name} is not known and its report does not tell it; "
+                                   f"put aside as {self._spool.relative(target)}", "look whether its peers have it"))
 
     def _enter_job(self, job_id: int, folder: Path, report: dict[str, Any], recipe: dict[str, Any]) -> None:
         row = {key: json.dumps(recipe[key], sort_keys=True) if key in _JSON_COLUMNS else recipe[key] for key in RECIPE}
@@ -293,12 +309,7 @@ class _Rebuild:
 
     def _purged(self, series_uid: str) -> bool:
         """Whether the files of the series were removed on purpose ([retention])."""
-        rows = self._ledger.query("SELECT purged_at FROM series WHERE series_uid = ?", (series_uid,))
-        if rows:
-            return rows[0]["purged_at"] is not None
-        last = self._ledger.query("SELECT code FROM event WHERE series_uid = ? AND job_id IS NULL AND code IN "
-                                  "('purged', 'restored') ORDER BY id DESC LIMIT 1", (series_uid,))
-        return bool(last and last[0]["code"] == "purged") or bool(
+        return was_purged(self._ledger, series_uid) or bool(
             self._ledger.query("SELECT 1 FROM memo WHERE key = ?", (MEMO + series_uid,)))
 
     # --- series
@@ -353,15 +364,15 @@ class _Rebuild:
         state, code, reason = row["state"], row["code"], row["reason"]
         made = any(here <= set(job["inputs"]) for job in jobs)
         sent = any(job["state"] in OUT for job in jobs)
-        if lost and not sent and (state != "ignored" or row["is_guide"]):
-            state, code = "held", LOST
-            reason = ("objects of it were lost with the damage of the ledger or the disk. Remedy: send the whole "
-                      f"series again, or `dicomnode release {row['series_uid']}` to go on without them")
-        elif not jobs and (row["series_uid"] in self._orphans or (state in ("matched", "receiving")
-                                                                 and self._was_sent(row["series_uid"]))):
+        if not jobs and (row["series_uid"] in self._orphans or (state in ("matched", "receiving")
+                                                               and self._was_sent(row["series_uid"]))):
             state, code = "held", UNKNOWN_JOB
             reason = ("a derived series was made of it, and the ledger has lost how. Remedy: nothing, if the peers "
                       f"have it; `dicomnode release {row['series_uid']}` makes another one")
+        elif lost and not sent and (state != "ignored" or row["is_guide"]):
+            state, code = "held", LOST
+            reason = ("objects of it were lost with the damage of the ledger or the disk. Remedy: send the whole "
+                      f"series again, or `dicomnode release {row['series_uid']}` to go on without them")
         elif made and (state in ("receiving", "waiting", "complete") or (state == "ignored" and not row["modality"])):
             state, code, reason = "matched", "", ""
         elif (state == "matched" and not jobs) or state == "complete":

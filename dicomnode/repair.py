@@ -126,7 +126,7 @@ def _make(spool: Spool, work: Path, report: Report, now: float) -> None:
     hints = {"instance": [(path.stem,) for path in objects], "series": [(path.parent.name,) for path in objects]}
     tables = read_tables(old, hints)
     with Ledger(work / "ledger.sqlite3") as ledger:
-        report.rebuilt = rebuild(ledger, spool, tables, now=now)
+        report.rebuilt = rebuild(ledger, spool, tables, sound=not report.damage, now=now)
         ledger.check()
     # The last connection has taken the write-ahead log in and removed it: the file is all there is.
 

@@ -15,22 +15,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dicomnode.errors import CannotUnderstand
+from dicomnode.errors import CannotUnderstand, LedgerCorrupt
 from dicomnode.ledger import Ledger
 from dicomnode.spool import Spool
 from dicomnode.stored import sha256_of
 
-__all__ = ["DAMAGED", "LOST", "Found", "at_start", "flaw", "healed", "resume"]
+__all__ = ["DAMAGED", "LOST", "Found", "at_start", "flaw", "healed", "require_jobs", "resume",
+           "was_purged"]
 
 DAMAGED = "input-damaged"  # code: files are not what was received; a resend heals them
 LOST = "input-lost"  # code: objects whose rows are gone too (repair); a resend is taken as new
+FEW = 100  # files without a row that a crash may leave: in place, not yet in the ledger, never acknowledged
 UNDECIDED = ("receiving", "waiting", "complete")
-_OPEN = """SELECT DISTINCT s.series_uid FROM series s
- WHERE s.purged_at IS NULL AND (s.state IN ('receiving', 'waiting', 'complete')
-    OR EXISTS (SELECT 1 FROM job j WHERE (j.series_uid = s.series_uid OR j.guide_series_uid = s.series_uid)
-               AND j.state IN ('queued', 'failed'))
-    OR (s.is_guide AND EXISTS (SELECT 1 FROM series p WHERE p.study_uid = s.study_uid
-               AND p.state IN ('receiving', 'waiting', 'complete'))))"""
+_OPEN = """SELECT series_uid FROM series WHERE state IN ('receiving', 'waiting', 'complete')
+ UNION SELECT g.series_uid FROM series s JOIN series g ON g.study_uid = s.study_uid
+        WHERE s.state IN ('receiving', 'waiting', 'complete') AND g.is_guide
+ UNION SELECT series_uid FROM job WHERE state IN ('queued', 'failed')
+ UNION SELECT guide_series_uid FROM job WHERE state IN ('queued', 'failed') AND guide_series_uid IS NOT NULL"""
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,28 @@ class Found:
     missing: int
     unknown: int
     held: tuple[str, ...]
+
+    @property
+    def alarming(self) -> bool:
+        return bool(self.missing or self.held or self.unknown > FEW)
+
+    def __str__(self) -> str:
+        return (f"{self.missing} objects have no file, {self.unknown} files have no row; held: "
+                f"{', '.join(self.held) or 'nothing'}. Remedy: stop the node; `dicomnode repair --dry-run` says which, "
+                "`dicomnode repair` mends what it can")
+
+
+def require_jobs(ledger: Ledger, spool: Spool) -> None:
+    """Raises LedgerCorrupt where a derived series lies on disk of whose job the ledger knows nothing.
+
+    Such a ledger is new, or older than the disk. Its next job would get the number, and the place, of that one.
+    """
+    strange = sorted(name for name in _names(spool.data_dir / "derived") if name.isdecimal()
+                     and not ledger.query("SELECT 1 FROM job WHERE id = ?", (int(name),)))
+    if strange:
+        raise LedgerCorrupt(f"ledger {ledger.path} does not know the jobs of {len(strange)} derived series on disk "
+                            f"(derived/{strange[0]}): it is new, or older than they are. Remedy: stop the node, "
+                            "then `dicomnode repair`, which brings the jobs back; or restore the ledger.")
 
 
 def flaw(path: Path, row: Mapping[str, Any]) -> str:
@@ -69,17 +92,25 @@ def at_start(ledger: Ledger, spool: Spool, *, now: float) -> Found:
                             "(SELECT count(*) FROM instance i WHERE i.series_uid = s.series_uid) END AS n "
                             "FROM series s"):  # a year's purged series have millions of rows
         here = folders.pop((row["study_uid"], row["series_uid"]), 0)
-        if row["purged_at"] is None:
-            missing += max(0, row["n"] - here)
-            unknown += max(0, here - row["n"])
+        if row["purged_at"] is not None:
+            continue
+        unknown += max(0, here - row["n"])
+        if here < row["n"] and not was_purged(ledger, row["series_uid"]):
+            missing += sum(not spool.absolute(one["path"]).is_file() for one in ledger.instances(row["series_uid"]))
         if row["series_uid"] in open_:
             held += _hold(ledger, spool, row["series_uid"], now)
     unknown += sum(folders.values())
-    if missing or unknown or held:
-        ledger.event("node", now=now, code="spool", reason=(
-            f"{missing} objects have no file, {unknown} files have no row, held: {', '.join(held) or 'nothing'}. "
-            "Remedy: stop the node; `dicomnode repair --dry-run` says which, `dicomnode repair` mends what it can"))
-    return Found(missing, unknown, tuple(held))
+    found = Found(missing, unknown, tuple(held))
+    if found.alarming:
+        ledger.event("node", now=now, code="spool", reason=str(found))
+    return found
+
+
+def was_purged(ledger: Ledger, series_uid: str) -> bool:
+    """Whether files of the series were ever removed on purpose ([retention]), though some may have come again."""
+    return bool(ledger.query("SELECT 1 FROM series WHERE series_uid = ? AND purged_at IS NOT NULL UNION ALL "
+                             "SELECT 1 FROM event WHERE series_uid = ? AND kind = 'series' AND code = 'purged' LIMIT 1",
+                             (series_uid, series_uid)))
 
 
 def _counts(spool: Spool) -> dict[tuple[str, str], int]:

@@ -31,6 +31,7 @@ from dicomnode.retention import PURGE_S, Purger
 from dicomnode.runner import ChildRunner, Runner
 from dicomnode.services.commitscp import Reporter
 from dicomnode.spool import Spool
+from dicomnode.spoolcheck import require_jobs
 from dicomnode.windows import Openings
 
 __all__ = ["run"]
@@ -54,6 +55,7 @@ def run(config: Config, *, stop: threading.Event, ready: Callable[[], None], pul
     """
     spool = Spool(config.node.data_dir)
     with _alone(spool.data_dir / "work.lock", stop), Ledger(spool.ledger_path) as ledger:
+        require_jobs(ledger, spool)
         for name in workers.clear(ledger, now=time.time()):
             log.warning(f"worker {name} had ended without saying so", action="worker_gone")
         pulse = pulse or Pulse()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import io
+import json
 import os
 import random
 import shutil
@@ -17,7 +18,10 @@ from typing import Any
 import pytest
 from pydicom.dataset import Dataset
 from pynetdicom.dsutils import encode
+from typer.testing import CliRunner
 
+from dicomnode import receive, work
+from dicomnode.cli import app
 from dicomnode.errors import LedgerCorrupt, NodeError
 from dicomnode.executor import RECIPE, Executor
 from dicomnode.groupcommit import GroupCommitter
@@ -27,7 +31,7 @@ from dicomnode.ledger import Ledger
 from dicomnode.pipeline import _Reporter, _work_off
 from dicomnode.repair import Report, repair
 from dicomnode.salvage import TABLES
-from dicomnode.spoolcheck import Found, at_start
+from dicomnode.spoolcheck import Found, at_start, require_jobs
 from sop.errors import Refused
 from tests.factories import ct_series, pet_series
 from tests.node.line import Line, full_settings_here
@@ -243,6 +247,7 @@ def test_whatever_happens_to_the_ledger_every_study_ends_with_its_one_derived_se
     report = repair(data, now=node.now)
     node.ledger = Ledger(node.spool.ledger_path)
     node.ledger.check()
+    require_jobs(node.ledger, node.spool)
     assert not report.set_aside or not kept or (data / report.set_aside).read_bytes() == kept
     assert not report.rebuilt.lost, "every object lies whole on disk"
     assert node.ledger.counts()["instance"]["all"] == 5 * 8 + 2
@@ -472,6 +477,20 @@ def test_files_without_rows_are_told_at_the_start(node):
     assert at_start(node.ledger, node.spool, now=node.now).unknown == 4
 
 
+def test_a_ledger_that_is_older_than_what_lies_on_disk_is_refused(node):
+    """Its next job would take the number, and the folder, of one that it does not know."""
+    require_jobs(node.ledger, node.spool)
+    (node.spool.data_dir / "derived" / "77").mkdir()
+    with pytest.raises(LedgerCorrupt, match=r"derived/77.*Remedy: .*dicomnode repair"):
+        require_jobs(node.ledger, node.spool)
+    for part in (receive.run, work.run):
+        with pytest.raises(LedgerCorrupt):
+            part(node.config, stop=threading.Event(), ready=lambda: None)
+    assert node.repair().rebuilt.lost[0].reason.startswith("the job of derived/77 is not known")
+    require_jobs(node.ledger, node.spool)
+    assert (node.spool.data_dir / "damaged" / f"derived-77.{int(node.now)}").is_dir()
+
+
 def test_a_bit_that_flips_in_an_input_is_noticed_before_it_is_used(node):
     """Held with study's remedy, not one derived file; sent again, the same job is built."""
     rotten = files_of(node, 4)[2]
@@ -489,3 +508,23 @@ def test_a_bit_that_flips_in_an_input_is_noticed_before_it_is_used(node):
     node.decide()
     node.build()
     assert node.ledger.job(job["id"])["state"] == "built"
+
+
+def test_the_command_says_what_is_lost_and_what_was_done(node, tmp_path):
+    """`repair --dry-run` changes nothing and ends with 1; `repair` mends, and then there is nothing left to do."""
+    config = tmp_path / "node.toml"
+    config.write_text(f'[node]\ndata_dir = "{node.spool.data_dir}"\n')
+    node.ledger.close()
+    overwritten(node.spool.ledger_path, 2)
+    files_of_study = next((node.spool.data_dir / "objects").glob("*/*/*.dcm"))
+    files_of_study.unlink()
+
+    def run(*arguments: str) -> Any:
+        return CliRunner().invoke(app, ["repair", *arguments, "--config", str(config)])
+
+    looked, mended, after = run("--dry-run"), run(), run("--json")
+    assert looked.exit_code == 1 and "Nothing was changed" in looked.stdout
+    assert mended.exit_code == 0 and "The old ledger is kept as ledger.damaged-" in mended.stdout
+    assert f"study {files_of_study.parent.parent.name}" in mended.stdout
+    assert after.exit_code == 0 and json.loads(after.stdout)["needed"] is False
+    node.ledger = Ledger(node.spool.ledger_path)
