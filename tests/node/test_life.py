@@ -65,8 +65,8 @@ class Method:
 class Life(RuleBasedStateMachine):
     """One PET series of up to 12 slices; two peers."""
 
-    @initialize(policy=st.sampled_from(["supersede", "hold", "ignore"]))
-    def start(self, policy: str) -> None:
+    @initialize(policy=st.sampled_from(["supersede", "hold", "ignore"]), far=st.integers(0, 4))
+    def start(self, policy: str, far: int) -> None:
         self.folder = Path(tempfile.mkdtemp())
         self.line = Line(self.folder, toml=TOML, route=ROUTE)
         complete = self.line.config.completeness.model_copy(update={"late_input": policy})
@@ -78,6 +78,9 @@ class Life(RuleBasedStateMachine):
         self.held_by: dict[tuple[str, str], str] = {}  # peer, SOP Instance UID -> what it got under that UID
         self.matcher = self.line.matcher()
         self.arrive(8)
+        for step in ((lambda: self.judge(31.0)), (lambda: self.work("built", "a")), (lambda: self.send("PACS", "all")),
+                     (lambda: self.send("SECOND", "all")))[:far]:
+            step()
 
     def teardown(self) -> None:
         if hasattr(self, "line"):
@@ -165,7 +168,8 @@ class Life(RuleBasedStateMachine):
         finally:
             Path.unlink = unlink  # type: ignore[method-assign]
 
-    @rule(what=st.sampled_from([operate.retry, operate.release, operate.cancel, operate.hold, operate.urgent]))
+    @rule(what=st.sampled_from([operate.retry, operate.retry, operate.release, operate.cancel, operate.hold,
+                                operate.urgent]))
     def person(self, what: Any) -> None:
         before = [job for job in self.jobs() if job["state"] == "held" and job["code"] == "other-image"]
         try:
