@@ -68,10 +68,15 @@ class Catalogue:
         self._headers: OrderedDict[str, bytes] = OrderedDict()
         self._lock = threading.Lock()
 
-    def find(self, query: Query, *, stopped: Callable[[], bool] = lambda: False) -> Iterator[Entity]:
-        """The entities of the query's level that match, newest first; `stopped` is asked before each one looked at."""
-        series = self.series(study_uids=query.uids("STUDY"), series_uids=query.uids("SERIES"))
-        for entity in self._entities(query.level, series):
+    def find(self, query: Query, *, stopped: Callable[[], bool] = lambda: False,
+             on_read: Callable[[], None] = lambda: None) -> Iterator[Entity]:
+        """The entities of the query's level that match, newest first; `stopped` is asked before each one looked at.
+
+        `on_read` is called before each header that is not remembered: what it raises ends the query.
+        """
+        series = self.series(study_uids=query.uids("STUDY"), series_uids=query.uids("SERIES"),
+                             accession_numbers=query.exact("AccessionNumber"))
+        for entity in self._entities(query.level, series, on_read):
             if stopped():
                 return
             if matches(query, entity):
@@ -90,8 +95,12 @@ class Catalogue:
                     found.setdefault(stored.sop_instance_uid, stored)
         return list(found.values())
 
-    def series(self, *, study_uids: Sequence[str] = (), series_uids: Sequence[str] = ()) -> list[Series]:
-        """All series, or those of the given studies and UIDs; newest first, no UID twice (ours before a copy of it)."""
+    def series(self, *, study_uids: Sequence[str] = (), series_uids: Sequence[str] = (),
+               accession_numbers: Sequence[str] = ()) -> list[Series]:
+        """All series, or those of the given studies and UIDs; newest first, no UID twice (ours before a copy of it).
+
+        accession_numbers   of studies of which we received a series with one of them.
+        """
         where = derived_where = ""
         parameters: dict[str, str] = {}
         for name, column, derived, uids in (("studies", "study_uid", "study_uid", study_uids),
@@ -100,6 +109,11 @@ class Catalogue:
                 where += f" AND {column} IN (SELECT value FROM json_each(:{name}))"
                 derived_where += f" AND {derived} IN (SELECT value FROM json_each(:{name}))"
                 parameters[name] = json.dumps(list(uids))
+        if accession_numbers:
+            of_studies = (" AND study_uid IN (SELECT study_uid FROM series WHERE accession_number IN "
+                          "(SELECT value FROM json_each(:accessions)))")
+            where, derived_where = where + of_studies, derived_where + of_studies
+            parameters["accessions"] = json.dumps(list(accession_numbers))
         rows = self._ledger.query(_SERIES.format(where=where, derived_where=derived_where, states=PASSED), parameters)
         found: dict[str, Series] = {}
         for row in rows:
@@ -131,19 +145,20 @@ class Catalogue:
 
     # --- entities
 
-    def _entities(self, level: str, series: list[Series]) -> Iterator[Entity]:
+    def _entities(self, level: str, series: list[Series], on_read: Callable[[], None]) -> Iterator[Entity]:
         if level == "SERIES":
-            yield from (self.entity((one,)) for one in series)
+            yield from (self.entity((one,), on_read=on_read) for one in series)
         elif level == "IMAGE":
-            yield from (self.entity((one,), stored) for one in series for stored in self.objects(one))
+            yield from (self.entity((one,), stored, on_read=on_read) for one in series for stored in self.objects(one))
         else:
             studies = _grouped(series, lambda one: one.study_uid)
             if level == "PATIENT":
-                patients = _grouped(studies, lambda study: "".join(self.entity(study)("PatientID")))
+                patients = _grouped(studies, lambda study: "".join(self.entity(study, on_read=on_read)("PatientID")))
                 studies = [tuple(one for study in patient for one in study) for patient in patients]
-            yield from (self.entity(study) for study in studies)
+            yield from (self.entity(study, on_read=on_read) for study in studies)
 
-    def entity(self, series: tuple[Series, ...], stored: StoredObject | None = None) -> Entity:
+    def entity(self, series: tuple[Series, ...], stored: StoredObject | None = None, *,
+               on_read: Callable[[], None] = lambda: None) -> Entity:
         """A patient, study or series (of these series) or an instance, as a function from keyword to values."""
         first = next((one for one in series if one.folder is None), series[0])
         known: dict[str, tuple[str, ...]] = {
@@ -167,20 +182,23 @@ class Catalogue:
             if keyword in _COUNTS:
                 known[keyword] = (str(sum(map(self._count, series))),)
             elif keyword in HEADER_KEYS["IMAGE"]:
+                on_read()
                 known.update(_read(None if stored is None else stored.path, HEADER_KEYS["IMAGE"]))
             else:
-                known.update({key: have for key, have in self._header(first).items() if key not in known})
+                known.update({key: have for key, have in self._header(first, on_read).items()
+                              if key not in known})
             return known.setdefault(keyword, ())
 
         return value
 
-    def _header(self, series: Series) -> dict[str, tuple[str, ...]]:
+    def _header(self, series: Series, on_read: Callable[[], None]) -> dict[str, tuple[str, ...]]:
         with self._lock:
             kept = self._headers.get(series.series_uid)
             if kept is not None:
                 self._headers.move_to_end(series.series_uid)
         if kept is not None:
             return {key: tuple(have) for key, have in json.loads(kept).items()}
+        on_read()
         read = _read(self._any_file(series), KEPT)
         if read:
             with self._lock:

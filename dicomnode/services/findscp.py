@@ -70,7 +70,11 @@ class Query:
 
     def uids(self, level: str) -> tuple[str, ...]:
         """The list of UIDs (or PatientIDs) given for the unique key of a level; () where none or with wild cards."""
-        given = self.keys.get(UNIQUE[level], ())
+        return self.exact(UNIQUE[level])
+
+    def exact(self, keyword: str) -> tuple[str, ...]:
+        """The values given for a key; () where none or with wild cards."""
+        given = self.keys.get(keyword, ())
         return () if any("*" in value or "?" in value for value in given) else given
 
 

@@ -15,9 +15,12 @@ from pynetdicom import build_context
 from pynetdicom.dsutils import encode
 
 from dicomnode.errors import CannotUnderstand, NodeError
+from dicomnode.services.catalogue import Catalogue
 from dicomnode.services.desk import _decoded, _encoded
 from dicomnode.services.findscp import BadQuery, answer, matches, matches_value, read_query
 from dicomnode.services.moving import CANCELLED, Courtesy, Tally
+from tests.factories import ct_series
+from tests.node.line import Line
 
 PATIENT = {"PatientName": ("Müller^Anna",), "PatientID": ("P-1",), "StudyInstanceUID": ("1.2",),
            "StudyDate": ("20240117",), "StudyTime": ("101530.25",), "ModalitiesInStudy": ("CT", "PT"),
@@ -164,3 +167,33 @@ def test_numbers_of_a_retrieval_add_up():
     failures = many.failures()
     assert many.verdict(cancelled=False) == 0xA702 and failures is not None
     assert len("\\".join(failures.FailedSOPInstanceUIDList)) < 65_536 and len(many.failed_uids) == 3000
+
+
+def test_a_query_reads_no_more_headers_than_it_may_and_none_twice(tmp_path):
+    """What the ledger knows costs no header; the rest is read once, newest first, until the asker says stop."""
+    def asked(on_read, **keys) -> int:
+        query = read_query(identifier("STUDY", StudyInstanceUID="", **keys), patient_root=False)
+        return len(list(catalogue.find(query, on_read=on_read)))
+
+    def enough() -> None:
+        reads.append(1)
+        if len(reads) > 2:
+            raise NodeError("enough")
+
+    reads: list[int] = []
+    with Line(tmp_path) as line:
+        for seed in range(4):
+            (ct,) = ct_series(slices=1, seed=seed, StudyDate="20240117", AccessionNumber=f"A{seed}")
+            line.receive([ct])
+            with line.ledger.transaction() as db:  # as the receiver enters it
+                db.execute("UPDATE series SET accession_number = ? WHERE series_uid = ?",
+                           (ct.AccessionNumber, ct.SeriesInstanceUID))
+        catalogue = Catalogue(line.spool, line.ledger)
+        assert asked(enough, AccessionNumber="A3") == 1 and not reads
+        with pytest.raises(NodeError, match="enough"):
+            asked(enough, StudyDate="20240117")
+        assert len(reads) == 3
+        reads.clear()
+        assert asked(enough, StudyDate="20240117") == 4 and len(reads) == 2
+        reads.clear()
+        assert asked(enough, StudyDate="20240117", AccessionNumber="A?") == 4 and not reads
