@@ -61,11 +61,16 @@ class Lanes:
     def close(self, timeout_s: float) -> None:
         """Stop after what is on its way; a peer that does not answer in time is aborted."""
         self.stop.set()
-        until = time.monotonic() + timeout_s
+        self.join(timeout_s)
         for peer, thread in self.threads.items():
-            thread.join(max(0.0, until - time.monotonic()))
             if thread.is_alive() and peer in self.open:
                 self.open[peer].abort()
+
+    def join(self, timeout_s: float) -> None:
+        """Wait for what was started."""
+        until = time.monotonic() + timeout_s
+        for thread in self.threads.values():
+            thread.join(max(0.0, until - time.monotonic()))
 
     def _run(self, rows: list[Row]) -> None:
         for row in rows:
@@ -77,5 +82,6 @@ class Lanes:
             except Exception as error:
                 if self.stop.is_set():
                     return  # the ledger is being closed; what was not recorded is done again
-                log.exception(f"{self._name} failed unexpectedly", action=f"{self._name}_error", delivery=row["id"])
+                log.exception(f"{self._name} failed unexpectedly", action=f"{self._name}_error", row=row["id"],
+                              peer=row["peer"])
                 self._failed(row, error)

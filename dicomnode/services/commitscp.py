@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import random
 import sqlite3
-import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from dicomnode.config import Config, Peer
 from dicomnode.delivery import backoff_s
 from dicomnode.errors import CannotUnderstand, NodeError, PeerUnreachable
 from dicomnode.headers import items, text
+from dicomnode.lanes import Lanes
 from dicomnode.ledger import Ledger
 from dicomnode.logs import get_logger
 from dicomnode.spool import Spool, valid_uid
@@ -195,44 +195,25 @@ class Reporter:
                  rng: random.Random | None = None) -> None:
         self._config, self._ledger, self._spool = config, ledger, spool
         self._clock, self._rng = clock, rng or random.Random()
-        self._threads: dict[str, threading.Thread] = {}
-        self._stop = threading.Event()
+        self.lanes = Lanes("commitment", lambda due: self.report(due["peer"], due["rows"]), self._failed)
 
     def tick(self) -> None:
-        """Start a thread for every peer to which a report is due and none running."""
+        """Start a lane for every peer to which a report is due."""
         due: dict[str, list[dict[str, Any]]] = {}
         now = self._clock()
         far = now + 1.25 * self._config.delivery.retry_max_s + 60  # further ahead lies no wait: the clock was set back
         for row in self._ledger.query("SELECT * FROM commitment_request WHERE state = 'waiting' AND "
                                       "(next_at <= ? OR next_at > ?) ORDER BY next_at", (now, far)):
             due.setdefault(row["calling_ae"], []).append(dict(row))
-        for name, rows in due.items():
-            running = self._threads.get(name)
-            if not self._stop.is_set() and (running is None or not running.is_alive()):
-                self._threads[name] = threading.Thread(target=self._report, args=(name, rows), daemon=True,
-                                                       name=f"commitment-{name}")
-                self._threads[name].start()
+        self.lanes.start({"id": name, "peer": name, "rows": rows} for name, rows in due.items())
 
     def close(self, timeout_s: float) -> None:
         """Wait for reports that are on their way; what was not told is told after the next start."""
-        self._stop.set()
-        self.join(timeout_s)
+        self.lanes.close(timeout_s)
 
-    def join(self, timeout_s: float) -> None:
-        """Wait for what the last tick started."""
-        until = time.monotonic() + timeout_s
-        for thread in self._threads.values():
-            thread.join(max(0.0, until - time.monotonic()))
-
-    def _report(self, calling_ae: str, rows: Sequence[dict[str, Any]]) -> None:
-        try:
-            self.report(calling_ae, rows)
-        except Exception as error:
-            if self._stop.is_set():
-                return  # the ledger is being closed; the reports stay due
-            log.exception("Storage commitment reports failed unexpectedly.", action="commitment_error", peer=calling_ae)
-            for row in rows:
-                self._again(row, f"internal error, see the log: {type(error).__name__}")
+    def _failed(self, due: dict[str, Any], error: Exception) -> None:
+        for row in due["rows"]:
+            self._again(row, f"internal error, see the log: {type(error).__name__}")
 
     def report(self, calling_ae: str, rows: Sequence[dict[str, Any]]) -> None:
         """One attempt at the reports to one peer, over one association."""
@@ -254,8 +235,12 @@ class Reporter:
             calling_ae=self._config.node.ae_title, connect_timeout_s=self._config.delivery.connect_timeout_s,
             dimse_timeout_s=self._config.delivery.dimse_timeout_s,
             ext_neg=[build_role(PUSH_MODEL, scp_role=True)])  # we are the SCP: PS3.7 D.3.3.4, PS3.4 J.3.3
+        self.lanes.open[rows[0]["calling_ae"]] = association
         try:
             for number, row in enumerate(rows):
+                if self.lanes.stop.is_set():
+                    return
+                self.lanes.moves(row["calling_ae"])
                 asked = [(sop_class, uid) for sop_class, uid in json.loads(row["items"])]
                 verdict = verify(self._ledger, self._spool, asked, calling_ae=row["calling_ae"])
                 event_type, information = event_report(row["transaction_uid"], verdict,

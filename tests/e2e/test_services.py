@@ -145,7 +145,7 @@ def test_orthanc_asks_for_commitment_of_what_it_sent(orthanc, node, tmp_path):
                             clock=lambda: asked_at + SAME_ASSOCIATION_S)
         if ledger.query("SELECT state FROM commitment_request")[0]["state"] == "waiting":
             reporter.tick()
-            reporter.join(20)
+            reporter.lanes.join(20)
         assert ledger.query("SELECT state FROM commitment_request")[0]["state"] == "answered"
     report = orthanc.get(f"/storage-commitment/{transaction}")
     assert report["Status"] == "Success" and len(report["Success"]) == 2 and not report["Failures"]

@@ -274,7 +274,7 @@ class Owing:
         """Let time go, tick, wait for what it started; the row."""
         self.now += seconds
         self.reporter.tick()
-        self.reporter.join(10)
+        self.reporter.lanes.join(10)
         return dict(self.ledger.query("SELECT * FROM commitment_request")[0])
 
 
@@ -358,5 +358,5 @@ def test_a_tick_never_waits(tmp_path):
         began = time.monotonic()
         owing.reporter.tick()
         assert time.monotonic() - began < 0.5 and threading.active_count() > 1
-        owing.reporter.join(10)
+        owing.reporter.lanes.join(10)
         assert owing.ledger.query("SELECT attempts FROM commitment_request")[0]["attempts"] == 1
