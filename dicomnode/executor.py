@@ -11,6 +11,7 @@ What is said, or how it ends, becomes the job's next state:
     failed, died, hung     another attempt after a wait that doubles; held once `attempts` are used up
     out of memory, GPU fault   the same, each with half the memory where the method can do with less (`memory_gb`)
     lost       what ran it went away: queued again after a wait, not counted as an attempt
+    disk full  the same, after a wait that doubles: a night with a full disk must not hold every study
     we are told to stop    queued again, not counted as an attempt
 
 The pipeline may keep the state of a long method in checkpoints/JOB. It outlives child, worker and the machine's power,
@@ -36,6 +37,7 @@ from dicomnode.config import Config, Route
 from dicomnode.errors import NotFound, TransitionRefused
 from dicomnode.ledger import Ledger
 from dicomnode.logs import get_logger
+from dicomnode.process import trouble
 from dicomnode.psflibrary import keep_found
 from dicomnode.runner import LAST_WORDS, ChildRunner, Runner, Running
 from dicomnode.spool import Spool, fsync_dir
@@ -48,7 +50,9 @@ REPORT_FILE = "report.json"
 #: What the report on disk tells of its job under "job", so that a ledger that was lost can know it again (rebuild.py).
 RECIPE = ("series_uid", "study_uid", "guide_series_uid", "route", "method", "preset", "settings", "send_to", "inputs",
           "priority", "urgent", "created_at")
+DISK_FULL = "disk-full"
 LOST_LIMIT = 100  # a job that was running each time the whole node died so often is not tried again unseen
+FULL_LIMIT = 48  # so often a full disk ends a job before a person is asked: about two days
 LONGEST_WAIT_S = 3600.0  # between two attempts
 LEDGER_WAIT_S = 10.0
 POLL_S = 0.25
@@ -167,7 +171,7 @@ class Executor:
             outcome = self._run(job, order, folder, stop)
             self._conclude(job, folder, outcome)
         except OSError as error:
-            self._failed(job, f"cannot prepare or keep the work of the job: {error}")
+            self._failed(job, f"cannot prepare or keep the work of the job: {error}", trouble(str(error)))
 
     # --- the order
 
@@ -305,13 +309,10 @@ class Executor:
 
     def _keep(self, job: dict[str, Any], written: Path, report: dict[str, Any]) -> None:
         """Make the checked series durable under derived/JOB, then enter it: repeating this after a crash is safe."""
-        digest = sha256()
-        for path in sorted(written.iterdir()):
+        for path in written.iterdir():
             self._beat()
-            if path.suffix == ".dcm":
-                digest.update(path.read_bytes())
             _fsync_file(path)
-        report = {**report, "identity": job["identity"], "files_sha256": digest.hexdigest()}
+        report = {**report, "identity": job["identity"], "files_sha256": self._digest(written)}
         told = {**report, "job": {key: job[key] for key in RECIPE}}
         (written / REPORT_FILE).write_text(json.dumps(told, indent=1), encoding="utf-8")
         _fsync_file(written / REPORT_FILE)
@@ -325,6 +326,14 @@ class Executor:
             fsync_dir(target.parent)
         self._enter(job, target, report)
 
+    def _digest(self, folder: Path) -> str:
+        """SHA-256 over the derived objects, in the order of their names."""
+        digest = sha256()
+        for path in sorted(folder.glob("*.dcm")):
+            self._beat()
+            digest.update(path.read_bytes())
+        return digest.hexdigest()
+
     def _adopt(self, job: dict[str, Any]) -> bool:
         """Whether derived/JOB was finished by an earlier attempt that died before it could enter it."""
         target = self._spool.data_dir / "derived" / str(job["id"])
@@ -333,7 +342,9 @@ class Executor:
         except (OSError, ValueError):
             return False
         report.pop("job", None)  # the ledger knows it
-        whole = report["identity"] == job["identity"] and len(list(target.glob("*.dcm"))) == report["derived_instances"]
+        whole = (report["identity"] == job["identity"]
+                 and len(list(target.glob("*.dcm"))) == report["derived_instances"]
+                 and report.get("files_sha256") in (None, self._digest(target)))
         if whole:
             self._enter(job, target, report)
         return whole
@@ -395,14 +406,18 @@ class Executor:
         self._set(job, "held", code=code, reason=reason, **columns)
         log.warning("job held", action="job_held", job=job["id"], code=code, reason=reason)
 
-    def _again(self, job: dict[str, Any], reason: str, *, code: str) -> None:
-        """What ran the job is gone: queued again after retry_s, the attempt not counted."""
+    def _again(self, job: dict[str, Any], reason: str, *, code: str, wait_s: float | None = None) -> None:
+        """What ran the job is gone: queued again after retry_s (or `wait_s`), the attempt not counted."""
         self._set(job, "queued", code=code, reason=reason, progress=None, attempts=max(0, job["attempts"] - 1),
-                  run_after=self._clock() + self._config.work.retry_s)
+                  run_after=self._clock() + (self._config.work.retry_s if wait_s is None else wait_s))
 
     def _failed(self, job: dict[str, Any], reason: str, code: str = "") -> None:
-        """Another attempt later, or held once all are used up. code: "memory", "device", "killed" (runner.py) or ""."""
+        """Another attempt later, or held once all are used up. code: "memory", "device", "disk", "killed" or ""."""
         attempts, work = job["attempts"], self._config.work
+        if code == "disk" and (times := self._ledger.count_events(job["id"], code=DISK_FULL)) < FULL_LIMIT:
+            self._again(job, f"{reason}: it is tried again when there may be room. Remedy: free disk space",
+                        code=DISK_FULL, wait_s=min(LONGEST_WAIT_S, work.retry_s * 2.0 ** min(times, 20)))
+            return
         if attempts >= work.attempts:
             remedy = REMEDIES.get(code, "Remedy: look at the log, then")
             self._hold(job, code if code in ("memory", "device") else "attempts",

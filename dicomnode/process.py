@@ -6,7 +6,7 @@
     on_hangup       SIGHUP calls a function
     notify          one line to systemd's socket (sd_notify(3)): READY=1, WATCHDOG=1, STOPPING=1
     end             SIGTERM to a process group, then SIGKILL
-    trouble         what a message says of memory and GPU
+    trouble         what a message says of memory, GPU and disk
     Pulse           which threads of this process have shown that they get on, and which are late
 """
 
@@ -31,6 +31,7 @@ PARENT_VARIABLE = "DICOMNODE_PARENT"  # process id of the supervisor, handed to 
 LACKS_MEMORY = ("MemoryError", "out of memory", "bad_alloc", "can't allocate memory", "Cannot allocate memory",
                 "failed to map segment", "ALLOC_FAILED")
 GPU_FAULTS = ("CUDA error", "CUBLAS_STATUS", "CUDNN_STATUS", "cuDNN error", "CUFFT_", "cuFFT error")
+FULL_DISK = ("No space left on device", "Disk quota exceeded")  # ENOSPC, EDQUOT in words
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
@@ -113,13 +114,17 @@ def end(child: subprocess.Popen, *, grace_s: float) -> int:
 
 
 def trouble(text: str) -> str:
-    """What an error message or the end of a log says of memory and GPU: "memory", "device" or "".
+    """What an error message or the end of a log says: "disk" (it is full), "memory", "device" (the GPU) or "".
 
     >>> trouble("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB")
     'memory'
     >>> trouble("RuntimeError: CUDA error: an illegal memory access was encountered")
     'device'
+    >>> trouble("OSError: [Errno 28] No space left on device: 'derived.tmp/1.dcm'")
+    'disk'
     """
+    if any(words in text for words in FULL_DISK):
+        return "disk"
     if any(words in text for words in LACKS_MEMORY):
         return "memory"
     return "device" if any(words in text for words in GPU_FAULTS) else ""

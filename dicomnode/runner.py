@@ -5,7 +5,7 @@ A `Runner` starts an order and gives back a `Running`, which the executor listen
     progress   stage, step, steps, loss: it lives and gets on
     built      report; the checked series lies in FOLDER/derived.tmp
     refused    code, reason, remedy (and perhaps report): trying again would refuse again
-    failed     reason, and perhaps a code: "memory" (out of memory), "device" (the GPU failed)
+    failed     reason, and perhaps a code: "memory" (out of memory), "device" (the GPU failed), "disk" (it is full)
     lost       reason: what ran the order went away, through no fault of the order; not counted as an attempt
 
 All but progress are last words. A run may also end without one; then its `Ending` says how.
@@ -45,8 +45,8 @@ class Ending:
     """How a run ended, for the case that it said no last word.
 
     reason   in words.
-    code     "memory": it ran out of memory; "device": the GPU failed; "killed": by somebody unknown, perhaps for lack
-             of memory; "": otherwise.
+    code     "memory": it ran out of memory; "device": the GPU failed; "disk": it is full; "killed": by somebody
+             unknown, perhaps for lack of memory; "": otherwise.
     stopped  it was asked to end (SIGTERM), by somebody else than us.
     """
 

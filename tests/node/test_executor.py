@@ -357,6 +357,31 @@ def test_what_ran_the_job_was_lost_is_no_attempt(line: Line) -> None:
     assert job["run_after"] == line.now + 60
 
 
+@pytest.mark.parametrize("program", [
+    'say(kind="failed", reason="OSError: [Errno 28] No space left on device", code="disk")',
+    'raise OSError(28, "No space left on device")'])
+def test_a_full_disk_is_no_attempt_and_is_waited_for_longer_each_time(line: Line, program: str) -> None:
+    """A night with a full disk holds no study: each goes on by itself when there is room."""
+    queued(line)
+    for wait_s in (60, 120, 240):
+        job = attempt(line, child(line, program))
+        assert (job["state"], job["code"], job["attempts"]) == ("queued", "disk-full", 0)
+        assert job["run_after"] == line.now + wait_s and "free disk space" in job["reason"]
+        line.now += wait_s
+    assert attempt(line, child(line, "build()"))["state"] == "built"
+
+
+def test_a_damaged_series_is_not_adopted(line: Line) -> None:
+    """Other bytes in derived/JOB than were checked: computed again."""
+    job_id = queued(line)
+    executor = child(line, "build()")
+    attempt(line, executor)
+    (line.spool.data_dir / "derived" / str(job_id) / "1.dcm").write_bytes(b"rotten")
+    line.ledger.set_job(job_id, "queued", now=line.now)
+    job = attempt(line, executor)
+    assert job["state"] == "built" and (line.spool.absolute(job["derived_path"]) / "1.dcm").read_bytes() == b"derived"
+
+
 def test_waits_between_attempts_double(tmp_path: Path) -> None:
     """retry_s, then twice, then four times as long."""
     with Line(tmp_path, toml="[work]\nattempts = 4\nretry_s = 60\n", route=ROUTE) as line:

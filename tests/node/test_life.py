@@ -228,5 +228,5 @@ class Life(RuleBasedStateMachine):
             assert job["state"] != "delivered" or states == {"delivered"}
 
 
-Life.TestCase.settings = settings(max_examples=25, stateful_step_count=30, deadline=None)
+Life.TestCase.settings = settings(max_examples=15, stateful_step_count=25, deadline=None)
 TestLife = Life.TestCase
