@@ -263,7 +263,7 @@ def test_what_is_given_up_here_ends_on_the_worker_too(site: Site) -> None:
 
     with pytest.raises(Cancelled):
         ask(site, "given-up", give_up, overrides=ENDLESS)
-    wait_until("the workers to be idle", lambda: not busy(site), timeout_s=45)
+    wait_until("the workers to be idle", lambda: not busy(site), timeout_s=90)
 
 
 @pytest.mark.slow
@@ -281,7 +281,7 @@ def test_a_node_that_stops_puts_the_job_back_and_frees_the_worker(tmp_path: Path
         job = attempt(line, on_cluster(line, site), stop)
         halter.join()
         assert (job["state"], job["code"], job["attempts"]) == ("queued", "stopped", 0)
-    wait_until("the workers to be idle", lambda: not busy(site), timeout_s=45)
+    wait_until("the workers to be idle", lambda: not busy(site), timeout_s=90)
 
 
 @pytest.mark.slow
@@ -292,7 +292,7 @@ def test_a_node_that_is_killed_leaves_no_computation_behind(site: Site) -> None:
     with subprocess.Popen([sys.executable, "-c", program], cwd=REPOSITORY, env=ENVIRONMENT) as asking:
         wait_until("a worker to compute", lambda: busy(site), timeout_s=90)
         asking.kill()
-    wait_until("the workers to be idle", lambda: not busy(site), timeout_s=45)
+    wait_until("the workers to be idle", lambda: not busy(site), timeout_s=90)
 
 
 # --- what the cluster cannot do
@@ -389,7 +389,7 @@ def test_a_scheduler_that_goes_in_the_middle_puts_the_job_back(tmp_path: Path) -
             killer.join()
             assert (job["state"], job["attempts"]) == ("queued", 0)
             assert job["code"] in (ClusterUnavailable.code, WorkerLost.code)
-        wait_until("the worker to be idle", lambda: not busy(own), timeout_s=45)
+        wait_until("the worker to be idle", lambda: not busy(own), timeout_s=90)
     finally:
         own.close()
 
