@@ -23,7 +23,7 @@ COLOURS = {"held": "red", "failed": "red", "dead": "red", "cancelled": "yellow",
            "warning": "yellow", "problem": "red"}
 
 FORECAST = {"fits": "fit", "past-end": "end after the window closes", "not-tonight": "do not fit",
-            "unknown": "cannot be told"}
+            "unknown": "not known"}
 FORECAST_ROWS = 20
 
 
@@ -63,7 +63,7 @@ def print_status(console: Console, value: Mapping[str, Any]) -> None:
 
 def _print_forecast(console: Console, tonight: Mapping[str, Any]) -> None:
     counts = tonight["counts"]
-    said = ", ".join(f"{counts[name]} {words}" for name, words in FORECAST.items() if counts[name])
+    said = ", ".join(f"{words}: {counts[name]}" for name, words in FORECAST.items() if counts[name])
     console.print(f"\n[bold]Tonight[/bold]  {said}")
     table = Table(box=None, pad_edge=False, show_header=False)
     for job in tonight["jobs"][:FORECAST_ROWS]:

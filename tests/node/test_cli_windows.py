@@ -59,7 +59,7 @@ def test_status_tells_what_fits_tonight(config: Path) -> None:
     value = answer("status", "--config", config)["tonight"]
     assert value["counts"]["unknown"] == 1 and value["jobs"][0]["end"] is None
     text = said("status", "--config", config)
-    assert "Tonight 1 cannot be told" in text and "no measurement of tv default" in text
+    assert "Tonight not known: 1" in text and "no measurement of tv default" in text
 
 
 def test_urgent_job_waits_for_no_window(config: Path) -> None:
