@@ -317,10 +317,10 @@ class _Rebuild:
     def series(self, counts_before: Mapping[str, int]) -> None:
         """Their counts, and the state from which each goes on."""
         self._without_row()
+        told = Counter(lost.series for lost in self.done.lost if lost.sop)
         for uid, before in counts_before.items():
             known = self._ledger.query("SELECT study_uid FROM series WHERE series_uid = ?", (uid,))
-            told = sum(lost.series == uid for lost in self.done.lost)
-            missing = before - len(self._ledger.instances(uid)) - told
+            missing = before - len(self._ledger.instances(uid)) - told[uid]
             if known and missing > 0 and not self._purged(uid):
                 self._lose(known[0]["study_uid"], uid, "", f"{missing} of its objects are unknown and not on disk")
         with self._ledger.transaction() as db:

@@ -145,11 +145,13 @@ def _put_in_place(spool: Spool, work: Path, report: Report, now: float) -> None:
     folders = set()
     for source, target in report.rebuilt.moves:
         target.parent.mkdir(mode=0o700, exist_ok=True)
+        _give(target.parent, spool.data_dir)
         os.replace(source, target)
         folders |= {source.parent, target.parent, spool.data_dir}
     for folder in folders:
         fsync_dir(folder)
     made = work / "ledger.sqlite3"
+    _give(made, spool.data_dir)
     with made.open("rb") as file:
         os.fsync(file.fileno())
     os.replace(made, _new(spool))
@@ -179,6 +181,13 @@ def _swap(spool: Spool, now: float) -> str:
     return name
 
 
+def _give(path: Path, data_dir: Path) -> None:
+    """To whom the data directory belongs: repaired by root, the ledger must still be the node's."""
+    if os.geteuid() == 0:
+        owner = data_dir.stat()
+        os.chown(path, owner.st_uid, owner.st_gid)
+
+
 def _new(spool: Spool) -> Path:
     return repaired_path(spool.ledger_path)
 
@@ -188,6 +197,7 @@ def _stopped(data_dir: Path) -> Iterator[None]:
     with ExitStack() as held:
         for name in LOCKS:
             lock = held.enter_context((data_dir / name).open("a"))
+            _give(data_dir / name, data_dir)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:

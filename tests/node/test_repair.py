@@ -305,6 +305,16 @@ def test_an_interrupted_repair_leaves_the_damaged_ledger_and_is_run_again(node, 
     assert node.ledger.counts()["instance"]["all"] == 5 * 8 + 2
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+def test_a_ledger_repaired_by_root_belongs_to_the_node(node):
+    """It is whose the data directory is: the node runs as a user of its own."""
+    files_of(node, 4)[0].write_bytes(b"rotten")
+    os.chown(node.spool.data_dir, 12345, 12346)
+    node.repair()
+    names = ("ledger.sqlite3", "receiver.lock", "work.lock", "damaged")
+    assert {(node.spool.data_dir / name).stat().st_uid for name in names} == {12345}
+
+
 def test_a_sound_node_is_left_as_it_is(node):
     """Nothing to repair: the same file, no copy, no event."""
     events = len(node.ledger.events())
