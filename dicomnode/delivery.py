@@ -15,17 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydicom import dcmread
-
 from dicomnode import scu
 from dicomnode.config import Config, Delivery, Peer
 from dicomnode.errors import ConfigError, NotFound, PeerUnreachable, TransitionRefused
 from dicomnode.lanes import Lanes
 from dicomnode.ledger import Ledger
 from dicomnode.logs import get_logger
+from dicomnode.scu import StoredObject
 from dicomnode.spool import Spool
 
-__all__ = ["Deliverer", "DerivedFile", "Verdict", "backoff_s", "derived_files", "judge", "stored"]
+__all__ = ["Deliverer", "Verdict", "backoff_s", "derived_files", "judge", "stored"]
 
 BATCH = 16  # answers recorded in one transaction: what a kill -9 can make us send again
 BATCH_S = 0.5
@@ -131,7 +130,7 @@ class Deliverer:
             self._lost(job, len(files))
             return
         answered = self._ledger.statuses(row["id"])
-        left = [file.path for uid, file in files.items() if not stored(answered.get(uid))]
+        left = [file for uid, file in files.items() if not stored(answered.get(uid))]
         recorder = _Recorder(self._ledger, row["id"], self._clock)
         problem = ""
         try:
@@ -142,13 +141,13 @@ class Deliverer:
             recorder.flush()
         self._conclude(row, peer, set(files), problem)
 
-    def _send(self, peer: Peer, files: list[Path], recorder: _Recorder, stopped: Callable[[], bool]) -> None:
+    def _send(self, peer: Peer, files: list[StoredObject], recorder: _Recorder, stopped: Callable[[], bool]) -> None:
         """By STOW-RS where the peer has an address for it, else by C-STORE."""
         delivery = self._config.delivery
         if peer.stow_url is not None:
             from dicomnode.stow import send as stow
 
-            stow(peer, files, tls=self._config.tls, on_answer=recorder, stopped=stopped,
+            stow(peer, [file.path for file in files], tls=self._config.tls, on_answer=recorder, stopped=stopped,
                  connect_timeout_s=delivery.connect_timeout_s, timeout_s=delivery.dimse_timeout_s)
         else:
             scu.send(peer, files, calling_ae=self._config.node.ae_title, on_answer=recorder, stopped=stopped,
@@ -221,19 +220,10 @@ class Deliverer:
                     reason=reason, wait_s=round(wait, 1))
 
 
-@dataclass(frozen=True)
-class DerivedFile:
-    """One instance of a derived series on disk."""
-
-    path: Path
-    sop_class_uid: str
-
-
-def derived_files(folder: Path) -> dict[str, DerivedFile]:
-    """SOP Instance UID -> file, in the order of the file names."""
-    headers = {path: dcmread(path, stop_before_pixels=True, specific_tags=["SOPClassUID", "SOPInstanceUID"])
-               for path in sorted(folder.glob("*.dcm"))}
-    return {str(header.SOPInstanceUID): DerivedFile(path, str(header.SOPClassUID)) for path, header in headers.items()}
+def derived_files(folder: Path) -> dict[str, StoredObject]:
+    """SOP Instance UID -> the instance, in the order of the file names."""
+    found = [StoredObject.read(path) for path in sorted(folder.glob("*.dcm"))]
+    return {each.sop_instance_uid: each for each in found}
 
 
 def stored(status: int | None) -> bool:

@@ -26,7 +26,7 @@ from pynetdicom.sop_class import (  # type: ignore[attr-defined]
 
 from dicomnode import commitment, query, scu
 from dicomnode.config import Config, Peer
-from dicomnode.delivery import DerivedFile, backoff_s, derived_files, stored
+from dicomnode.delivery import backoff_s, derived_files, stored
 from dicomnode.errors import ConfigError, PeerRefused, PeerUnreachable
 from dicomnode.lanes import Lanes
 from dicomnode.ledger import Ledger
@@ -147,7 +147,7 @@ class Prover:
                                                               first=start == 0):
                 return
 
-    def _transact(self, row: Row, peer: Peer, uids: Sequence[str], files: Mapping[str, DerivedFile], *,
+    def _transact(self, row: Row, peer: Peer, uids: Sequence[str], files: Mapping[str, scu.StoredObject], *,
                   first: bool) -> bool:
         """N-ACTION, then stay a while for the answer. False where the peer did not take the request.
 

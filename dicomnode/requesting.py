@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 from pynetdicom import _config, evt
-from pynetdicom.association import Association
+from pynetdicom.association import Association, ServiceUser
 from pynetdicom.pdu_primitives import P_DATA, MaximumLengthNotification
 
 __all__ = ["keep_answers_for_the_asker", "limit_pdu", "on_connected", "set_nodelay"]
@@ -67,9 +67,9 @@ def _send_pdu(dul: Any, send: Any, primitive: Any) -> None:
     send(primitive)
 
 
-def limit_pdu(association: Association) -> None:
+def limit_pdu(peer: ServiceUser) -> None:
     """No longer PDUs than LARGEST_PDU, also to a peer without a limit (PS3.8 Annex D.1: 0)."""
-    for item in association.acceptor.user_information:
+    for item in peer.user_information:
         if isinstance(item, MaximumLengthNotification):
             item.maximum_length_received = min(item.maximum_length_received or LARGEST_PDU, LARGEST_PDU)
 

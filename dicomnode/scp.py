@@ -51,6 +51,7 @@ from dicomnode.ledger import Kept, Ledger
 from dicomnode.listening import Server
 from dicomnode.logs import get_logger
 from dicomnode.objectindex import ObjectIndex
+from dicomnode.requesting import limit_pdu
 from dicomnode.services.desk import Desk
 from dicomnode.spool import Spool
 from dicomnode.tls import ServerTls
@@ -207,6 +208,7 @@ class Receiver:
                                    tls=assoc.tls,
                                    authorities=self._tls.authorities if self._tls else None)
         if refusal is None:
+            limit_pdu(assoc.requestor)
             assoc.callers = self._gate.callers(id(assoc))
             assoc.may_store = any(peer.may_send for peer in assoc.callers)
             return

@@ -182,7 +182,7 @@ def open_association(
         tls_args=None if secure is None else (secure, peer.host))
     if association.is_established:
         keep_answers_for_the_asker(association)
-        limit_pdu(association)
+        limit_pdu(association.acceptor)
         return association
     if secure is not None and secure.failure:
         raise PeerUnreachable(f"{named(peer)}: no TLS connection comes about: {secure.failure}. Remedy: check tls.ca, "

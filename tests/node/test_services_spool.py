@@ -23,6 +23,7 @@ from pynetdicom import AE, build_context, build_role, evt
 from pynetdicom.dimse_primitives import C_FIND, C_GET
 from pynetdicom.dsutils import encode
 
+from dicomnode.requesting import LARGEST_PDU
 from dicomnode.services.desk import RETRIEVALS
 from tests.factories import ct_series, pet_series
 from tests.node.spoolpeers import (
@@ -341,6 +342,25 @@ def test_a_get_brings_the_objects_on_its_own_association(spool):
     sent = {ds.SOPInstanceUID: ds for ds in (*SOURCE, *GUIDE, *derived(1))}
     assert {ds.SOPInstanceUID for ds in came} == set(sent)
     assert all(ds.PixelData == sent[ds.SOPInstanceUID].PixelData for ds in came)
+
+
+def test_a_get_to_a_peer_without_a_limit_comes_in_pdus_that_need_no_memory(tmp_path):
+    """Maximum length 0 (PS3.8 Annex D.1): not one PDU with the whole object, which the receiver would have to hold."""
+    lengths: list[int] = []
+    large = ct_series(slices=1, rows=1024, columns=1024)[0]
+    ae = AE("VIEWER")
+    ae.dimse_timeout = ae.acse_timeout = 20
+    with ReceiverProcess(tmp_path, peers=peers()) as receiver:
+        send(receiver, [large])
+        assoc = ae.associate(
+            "127.0.0.1", receiver.port, [build_context(STUDY_GET), build_context(CT, ExplicitVRLittleEndian)],
+            ae_title="NBDNODE", max_pdu=0, ext_neg=[build_role(CT, scp_role=True)],
+            evt_handlers=[(evt.EVT_C_STORE, lambda _: 0), (evt.EVT_PDU_RECV, lambda event: lengths.append(
+                len(event.pdu)))])
+        final = list(assoc.send_c_get(identifier("STUDY", StudyInstanceUID=large.StudyInstanceUID), STUDY_GET))[-1][0]
+        assoc.release()
+    assert final.Status == 0x0000 and counts(final) == (1, 0, 0)
+    assert sum(lengths) > 2 * 1024 * 1024 and max(lengths) <= LARGEST_PDU + 6
 
 
 def test_compressed_objects_are_unpacked_for_a_peer_that_takes_none(spool):
