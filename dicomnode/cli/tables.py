@@ -100,7 +100,8 @@ def print_study(console: Console, value: Mapping[str, Any]) -> None:
 def print_findings(console: Console, findings: Sequence[Finding]) -> None:
     table = Table(box=None, pad_edge=False, show_header=False)
     for finding in findings:
-        text = finding.text + (f" Remedy: {finding.remedy}" if finding.remedy else "")
+        stop = "" if finding.text.endswith((".", "?", "!")) else "."
+        text = finding.text + (f"{stop} Remedy: {finding.remedy}" if finding.remedy else "")
         table.add_row(_state(finding.verdict), finding.what, escape(text))
     console.print(table)
 
@@ -204,7 +205,7 @@ def _measured(report: Mapping[str, Any]) -> str:
     widths = [metrics.get(f"kernel_fwhm_{axis}_mm") for axis in "dhw"]
     found = [f"kernel {' × '.join(f'{width:.1f}' for width in widths)} mm"] if all(widths) else []
     if metrics.get("activity_change") is not None:
-        found.append(f"activity {100 * metrics['activity_change']:+.3f} %")
+        found.append(f"activity {round(100 * metrics['activity_change'], 3) + 0.0:+.3f} %")  # never -0.000
     for name, some in (("gates", report.get("gates", [])), ("checks", items)):
         if some:
             found.append(f"{sum(item['ok'] for item in some)} of {len(some)} {name} passed")
