@@ -354,7 +354,7 @@ class Executor:
         now = self._clock()
         with self._ledger.transaction():
             if self._differs_from_sent(job, report):
-                self._hold_other_image(job, target, report)
+                self._hold_other_image(job, report)
                 return
             ours = self._ledger.built(job["id"], self.name, now=now, report=report,
                                       derived_series_uid=report["derived_series_uid"],
@@ -378,15 +378,18 @@ class Executor:
         return bool(job["derived_series_uid"] != report["derived_series_uid"]
                     or old.get("files_sha256", "") not in ("", report.get("files_sha256", "")))
 
-    def _hold_other_image(self, job: dict[str, Any], target: Path, report: Mapping[str, Any]) -> None:
-        """One UID never means two images, and no peer gets a second series unasked. The row keeps what was sent."""
+    def _hold_other_image(self, job: dict[str, Any], report: Mapping[str, Any]) -> None:
+        """One UID never means two images, and no peer gets a second series unasked.
+
+        The row keeps what was sent; the new one lies in derived/JOB, and only `operate.release` sends it.
+        """
         uid = report["derived_series_uid"]
         named = "other bytes under the same UIDs" if uid == job["derived_series_uid"] else f"another series, {uid}"
         self._hold(job, OTHER_IMAGE, f"series {job['derived_series_uid']} was sent to {', '.join(self._sent_to(job))}, "
                    f"wholly or in part, and its files were lost; computed again it is {named} (less memory, another "
                    "machine or configuration). Remedy: put its files back and `dicomnode retry job:"
                    f"{job['id']}`; or have it removed there, then `dicomnode release job:{job['id']}` sends the new "
-                   "one to every peer", derived_path=self._spool.relative(target))
+                   "one to every peer", derived_path=None)
 
     def _require_ours(self, job: Mapping[str, Any]) -> None:
         """Raises TransitionRefused where another worker has the job by now: its lease had run out."""

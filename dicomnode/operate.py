@@ -97,14 +97,14 @@ def release(ledger: Ledger, target: str, *, now: float, actor: str) -> Done:
             return Done(row["series_uid"], None, "receiving", "the series is processed as it is")
         job = ledger.job(row["job_id"])
         why = f"released although: {job['reason'] or job['code']}"
-        if not job["derived_path"]:
+        if job["code"] == OTHER_IMAGE:
+            _send_anew(ledger, job, now=now)
+        elif not job["derived_path"]:
             if job["code"] != "operator":
                 raise RefusedInput(f"job {job['id']} is held ({job['reason']}) and has built nothing that could be "
                                    f"sent. Remedy: `dicomnode retry job:{job['id']}` computes it again.")
             ledger.set_job(job["id"], "queued", now=now, code="operator", reason=why, actor=actor, finished_at=None)
             return Done(job["series_uid"], job["id"], "queued", "the job goes on")
-        if job["code"] == OTHER_IMAGE:
-            _send_anew(ledger, job, now=now)
         for peer in job["send_to"]:
             db.execute("INSERT OR IGNORE INTO delivery (job_id, peer, state, next_at, created_at) "
                        "VALUES (?, ?, 'waiting', ?, ?)", (job["id"], peer, now, now))
@@ -241,11 +241,18 @@ def _revive(ledger: Ledger, deliveries: list[dict[str, Any]], *, now: float) -> 
 
 def _send_anew(ledger: Ledger, job: dict[str, Any], *, now: float) -> None:
     """Every peer gets the series that was computed again: what was answered to the one before counts no more."""
-    report = json.loads((ledger.path.parent / job["derived_path"] / "report.json").read_text(encoding="utf-8"))
+    path = f"derived/{job['id']}"
+    try:
+        report = json.loads((ledger.path.parent / path / "report.json").read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RefusedInput(f"the series that job {job['id']} computed again is gone: {error}. Remedy: `dicomnode retry "
+                           f"job:{job['id']}` computes it once more.") from error
+    report.pop("job", None)
     with ledger.transaction() as db:
-        db.execute("UPDATE job SET derived_series_uid = ?, derived_instances = ?, built_at = ?, purged_at = NULL, "
-                   "report = ? WHERE id = ?", (report["derived_series_uid"], report["derived_instances"], now,
-                                               json.dumps(report), job["id"]))
+        db.execute("UPDATE job SET derived_series_uid = ?, derived_instances = ?, derived_path = ?, built_at = ?, "
+                   "purged_at = NULL, report = ? WHERE id = ?",
+                   (report["derived_series_uid"], report["derived_instances"], path, now, json.dumps(report),
+                    job["id"]))
         for delivery in ledger.deliveries(job["id"]):
             db.execute("DELETE FROM delivery_instance WHERE delivery_id = ?", (delivery["id"],))
             db.execute("UPDATE commitment SET items = '[]' WHERE delivery_id = ?", (delivery["id"],))

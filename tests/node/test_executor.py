@@ -149,7 +149,8 @@ def test_another_image_than_the_one_that_was_sent_is_held(line: Line, other: str
     different = PRELUDE.replace('b"derived"', 'b"other"').replace("2.25.77", other)
     executor = Executor(line.config, line.ledger, line.spool, clock=line.clock, full_settings=full_settings_here,
                         runner=ChildRunner(command=(sys.executable, "-I", "-c", different + "build()")))
-    for _ in range(2):  # a retry does not wash it clean
+    line.ledger.set_delivery(delivery["id"], "dead", now=line.now, reason="down for days")
+    for _ in range(2):  # a retry does not wash it clean, of a delivery that was given up neither
         operate.retry(line.ledger, f"job:{job_id}", now=line.now, actor="me")
         job = attempt(line, executor)
         assert (job["state"], job["code"], job["derived_series_uid"]) == ("held", "other-image", "2.25.77")
