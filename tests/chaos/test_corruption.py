@@ -7,6 +7,7 @@ import random
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,11 @@ def text(ledger: Path, rng: random.Random) -> None:
     ledger.write_bytes(b"service restarted\n" * 5000)
 
 
+def has_built(node: RunningNode, count: int) -> bool:
+    """Whether so many derived series lie on disk."""
+    return len(list((node.data_dir / "derived").glob("*/report.json"))) >= count
+
+
 def mended(node: RunningNode) -> dict[str, Any]:
     """`dicomnode repair`, once the killed node has let go of its locks; what it says."""
     def ask() -> dict[str, Any] | None:
@@ -72,8 +78,9 @@ def test_the_ledger_is_damaged_amid_studies(tmp_path: Path, tell: Callable[..., 
         ledger = node.data_dir / "ledger.sqlite3"
         sender = threading.Thread(target=send_until_acknowledged, args=(node.port, files))
         sender.start()
-        for damage in (pages, cut, log_lost, emptied, text):
-            time.sleep(rng.uniform(4.0, 8.0))
+        for built, damage in ((0, pages), (0, cut), (1, log_lost), (2, emptied), (3, text)):
+            wait_until(f"{built} built", partial(has_built, node, built), timeout_s=150)
+            time.sleep(rng.uniform(1.0, 4.0))
             node.kill()
             time.sleep(0.5)
             damage(ledger, rng)
@@ -86,6 +93,7 @@ def test_the_ledger_is_damaged_amid_studies(tmp_path: Path, tell: Callable[..., 
         sender.join(300)
         assert not sender.is_alive()
         wait_until("all studies delivered", finished(node, sent, "delivered"), timeout_s=300)
+        assert jobs > 0, "no job had to be brought back from the report of its derived series"
         tell(damages=5, rows_salvaged=salvaged, objects_entered_from_disk=entered, jobs_entered_from_disk=jobs,
              **account(node, sent, {"PACS": pacs.datasets}))
 
