@@ -84,7 +84,7 @@ class Report:
             lines.append("Calibrated PSFs may be lost: `dicomnode psf` lists what is known; calibrate what is missing.")
         if self.dry_run:
             lines.append("Nothing was changed. `dicomnode repair` does it.")
-        else:
+        elif self.set_aside:
             lines.append(f"The old ledger is kept as {self.set_aside}.")
         return "\n".join(lines) + "\n"
 
@@ -160,7 +160,9 @@ def _put_in_place(spool: Spool, work: Path, report: Report, now: float) -> None:
 
 
 def _swap(spool: Spool, now: float) -> str:
-    """The complete new ledger to its place, the old one aside under its date; each step may be repeated.
+    """The complete new ledger to its place, the old one aside under its date: that name, "" where there was none.
+
+    Each step may be repeated.
 
     The old write-ahead log goes before the new file comes: sqlite would play it into that.
     """
@@ -178,7 +180,7 @@ def _swap(spool: Spool, now: float) -> str:
     fsync_dir(path.parent)
     os.replace(_new(spool), path)
     fsync_dir(path.parent)
-    return name
+    return name if (path.parent / name).exists() else ""
 
 
 def _give(path: Path, data_dir: Path) -> None:

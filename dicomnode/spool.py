@@ -4,6 +4,7 @@
     data_dir/incoming/           being written; whatever lies there at start was never acknowledged
     data_dir/objects/STUDY/SERIES/SOP.dcm       as received: file meta information, then the data set byte for byte
     data_dir/conflicts/SOP.SHA256.dcm           other bytes under a known SOP Instance UID
+    data_dir/damaged/            what `dicomnode repair` put aside: not what was received, or of no known job
     data_dir/derived/JOB/        derived series, whole and checked
     data_dir/work/               unfinished work of running jobs
     data_dir/checkpoints/JOB/    from where a long method goes on after a crash
