@@ -28,14 +28,22 @@ DEFAULT_CONFIG = Path("/etc/dicomnode/dicomnode.toml")
 
 @contextmanager
 def open_ledger(config_path: Path) -> Iterator[tuple[Config, Ledger]]:
-    """The configuration and its ledger. Raises ConfigError, LedgerCorrupt, and NotFound where the node never ran."""
+    """The configuration and its ledger.
+
+    Raises ConfigError, LedgerCorrupt, NotFound where the node never ran, NodeError where another user may not look.
+    """
     from dicomnode.config import load
-    from dicomnode.errors import NotFound
+    from dicomnode.errors import NodeError, NotFound
     from dicomnode.ledger import Ledger
 
     config = load(config_path)
     path = config.node.data_dir / "ledger.sqlite3"
-    if not path.is_file():
+    try:
+        there = path.is_file()
+    except PermissionError as error:
+        raise NodeError(f"no permission to look into {config.node.data_dir}. Remedy: run it as the user of the node "
+                        "(sudo -u dicomnode).") from error
+    if not there:
         raise NotFound(f"no ledger in {config.node.data_dir}: this node never ran. Remedy: `dicomnode serve`.")
     with Ledger(path) as ledger:
         yield config, ledger

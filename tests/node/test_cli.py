@@ -162,6 +162,28 @@ def test_a_node_that_never_ran_says_so(tmp_path):
     assert not (tmp_path / "data").exists()
 
 
+def test_another_user_who_may_not_look_is_told_whom_to_be(tmp_path, monkeypatch):
+    """The data directory has mode 0700: a sentence with the remedy."""
+    path = tmp_path / "node.toml"
+    path.write_text(f'[node]\ndata_dir = "{tmp_path / "data"}"\n')
+    real = Path.is_file
+
+    def is_file(self):
+        if self.name == "ledger.sqlite3":
+            raise PermissionError(13, "Permission denied", str(self))
+        return real(self)
+
+    monkeypatch.setattr(Path, "is_file", is_file)
+    result = dicomnode("jobs", "--config", path)
+    assert result.exit_code == 1 and "Remedy" in result.stderr and "sudo -u dicomnode" in result.stderr
+
+
+def test_a_configuration_that_is_not_there_is_told_with_the_remedy(tmp_path):
+    """No errno, no traceback."""
+    result = dicomnode("jobs", "--config", tmp_path / "nix.toml")
+    assert result.exit_code == 2 and "there is no configuration file" in result.stderr and "Remedy" in result.stderr
+
+
 # --- check
 
 

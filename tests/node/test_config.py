@@ -155,6 +155,8 @@ def test_the_table_of_presets_that_look_at_a_ct_is_true():
     ("[node]\nae_titel = 'X'\n", "node.ae_titel: unknown key"),
     ("[nodes]\n", "nodes: unknown key"),
     ("[node]\nae_title = 'SEVENTEEN_LETTERS'\n", "node.ae_title: String should have at most 16 characters"),
+    ("[schedule]\nwindows = ['mon-fry 20:00-06:00']\n", "windows[0]: 'mon-fry 20:00-06:00' is not a window"),
+    ("[work]\ndevice = 'gpu'\n", "work.device: 'gpu' is not auto, cpu, cuda or one GPU"),
     ("[node]\nae_title = 'A\\B'\n", "node.ae_title: "),
     ("[node]\nae_title = '  '\n", "node.ae_title: "),
     ("[node]\nport = 0\n", "node.port: "),
