@@ -12,6 +12,7 @@ import pytest
 from dicomnode.errors import LedgerCorrupt
 from dicomnode.ledger import Ledger
 from dicomnode.migrations import SCHEMA_VERSION, STEPS, backup_path
+from dicomnode.states import JOB_STATES
 
 VERSION_2 = Path(__file__).with_name("ledger_v2.sql")
 
@@ -47,6 +48,35 @@ def test_a_ledger_of_version_2_ends_like_a_new_one_with_its_rows(tmp_path: Path)
         assert (ledger.job(1)["urgent"], ledger.job(1)["inputs"]) == (0, ["1.2.1.1"])
         assert ledger.claim("worker", now=10.0, lease_s=60.0) is not None
     assert _shape(tmp_path / "old.sqlite3") == _shape(tmp_path / "new.sqlite3")
+
+
+def test_jobs_of_version_2_go_on_whatever_their_state(tmp_path: Path):
+    """What waits is claimed or sent, what was delivered is delivered without further proof, what is over stays so."""
+    path = tmp_path / "ledger.sqlite3"
+    version_2(path)
+    states = [state for state in JOB_STATES if state != "committed"]
+    with closing(sqlite3.connect(path, isolation_level=None)) as db:
+        db.execute("DELETE FROM job")
+        for number, state in enumerate(states, 1):
+            db.execute("INSERT INTO job (id, identity, series_uid, study_uid, route, method, preset, settings, "
+                       "send_to, inputs, state, run_after, created_at, lease_owner, lease_until, derived_path) VALUES (?, ?, "
+                       "'1.2.1', '1.2', 'pet', 'nbd', 'best', '{}', '[\"PACS\"]', '[]', ?, 1, 1, 'old', 5, 'd')",
+                       (number, str(number), state))
+            if state in ("built", "sending", "delivered", "held"):
+                done = {"delivered": "delivered", "held": "dead"}.get(state, "waiting")
+                db.execute("INSERT INTO delivery (job_id, peer, state, next_at, created_at) "
+                           "VALUES (?, 'PACS', ?, 1, 1)", (number, done))
+    with Ledger(path) as ledger:
+        claimed = []
+        while job := ledger.claim("w", now=10.0, lease_s=60.0):
+            claimed.append(states[job["id"] - 1])
+        assert sorted(claimed) == ["failed", "queued", "running"]
+        assert [states[row["job_id"] - 1] for row in ledger.due_deliveries(now=10.0)] == ["built", "sending"]
+        for number, state in enumerate(states, 1):
+            ledger.settle(number, now=11.0)
+            assert ledger.job(number)["state"] == ("running" if state in claimed else state)
+        delivered = states.index("delivered") + 1
+        assert [(row["state"], row["confirm"]) for row in ledger.deliveries(delivered)] == [("delivered", "store")]
 
 
 def test_the_ledger_is_copied_before_it_is_changed(tmp_path: Path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,36 @@ def test_the_query_is_asked_once_a_day_also_when_the_node_was_off_at_its_time(si
     site.now += 3 * 86400 - 4 * 3600  # 18:30, before the time of day
     site.nightly().serve(site.peer)
     assert source.asked[asked].StudyDate == "20200102-20200105"
+
+
+def test_three_weeks_of_nights_fetch_and_process_once(tmp_path: Path, source: SourcePeer) -> None:
+    """Listed each night for three weeks: one retrieval each, one job, none superseded; a day is remembered by nights.
+
+    The derived series lies at the source too from the second night, and the inputs are removed from the tenth.
+    """
+    with Site(tmp_path, source.port, schedule="retrieve_days = 31", route=PET_ROUTE) as site:
+        source.destination = ("127.0.0.1", site.port)
+        matcher = Matcher(site.config, site.ledger, site.spool, clock=site.clock, full_settings=full_settings_here)
+        for night in range(21):
+            site.nightly().serve(site.peer)
+            site.now += 3600
+            matcher.tick()
+            job = site.ledger.claim("w", now=site.now, lease_s=60)
+            assert (job is not None) == (night == 0)
+            if job is not None:
+                site.ledger.built(job["id"], "w", now=site.now, derived_series_uid="2.25.9", derived_path="derived/1",
+                                  derived_instances=8, report={})
+                source.datasets += pet_series(series=9, SeriesInstanceUID="2.25.9")
+                site.ledger.set_job(job["id"], "sending", now=site.now)
+                site.ledger.set_delivery(site.ledger.deliveries(job["id"])[0]["id"], "delivered", now=site.now)
+            if night == 10:
+                with site.ledger.transaction() as db:
+                    db.execute("UPDATE series SET purged_at = ?", (site.now,))
+                shutil.rmtree(site.spool.data_dir / "objects")
+            site.now += 23 * 3600
+        assert [str(moved.SeriesInstanceUID) for moved in source.moved] == [CT_UID, PET_UID]
+        assert [job["state"] for job in site.ledger.jobs_of_series(PET_UID)] == ["delivered"]
+        assert site.ledger.query("SELECT count(*) AS n FROM memo WHERE key LIKE 'source%'")[0]["n"] <= 3
 
 
 def test_a_time_of_day_that_has_not_come_asks_nothing(site: Site, source: SourcePeer) -> None:
