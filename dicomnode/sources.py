@@ -93,12 +93,6 @@ class Sources:
             "AND (next_at <= ? OR next_at > ?) ORDER BY study_date, study_uid, modality <> 'CT', series_uid",
             (source, now, now + LONGEST_WAIT_S))]
 
-    def awaited(self, source: str) -> list[dict[str, Any]]:
-        """Wanted rows that are not here in full, as far as was seen."""
-        return [dict(row) for row in self._ledger.query(
-            "SELECT * FROM source_series WHERE source = ? AND wanted = 1 AND state IN ('seen', 'retrieving')",
-            (source,))]
-
     def here(self, series_uid: str) -> int:
         """How many instances of a series were received, purged ones included."""
         rows = self._ledger.query("SELECT instances FROM series WHERE series_uid = ?", (series_uid,))

@@ -59,9 +59,9 @@ def test_jobs_of_version_2_go_on_whatever_their_state(tmp_path: Path):
         db.execute("DELETE FROM job")
         for number, state in enumerate(states, 1):
             db.execute("INSERT INTO job (id, identity, series_uid, study_uid, route, method, preset, settings, "
-                       "send_to, inputs, state, run_after, created_at, lease_owner, lease_until, derived_path) VALUES (?, ?, "
-                       "'1.2.1', '1.2', 'pet', 'nbd', 'best', '{}', '[\"PACS\"]', '[]', ?, 1, 1, 'old', 5, 'd')",
-                       (number, str(number), state))
+                       "send_to, inputs, state, run_after, created_at, lease_owner, lease_until, derived_path) "
+                       "VALUES (?, ?, '1.2.1', '1.2', 'pet', 'nbd', 'best', '{}', '[\"PACS\"]', '[]', ?, 1, 1, "
+                       "'old', 5, 'd')", (number, str(number), state))
             if state in ("built", "sending", "delivered", "held"):
                 done = {"delivered": "delivered", "held": "dead"}.get(state, "waiting")
                 db.execute("INSERT INTO delivery (job_id, peer, state, next_at, created_at) "
