@@ -1,8 +1,8 @@
 """Storage SCU and Verification SCU: send a series to a peer over one association, ask whether it answers.
 
 Presentation contexts are proposed from what is sent (PS3.7 Annex D.3.2, PS3.4 Annex B.5): per SOP class one context for
-each compressed or deflated transfer syntax that occurs, and one plain context, so that a peer that takes only
-uncompressed objects gets them decompressed.
+each transfer syntax that occurs, so that objects go out as they lie whatever the peer would prefer, and one with the
+plain syntaxes that do not occur, so that a peer that takes only those gets the objects converted or decompressed.
 """
 
 from __future__ import annotations
@@ -144,12 +144,13 @@ def named(peer: Peer) -> str:
 
 
 def _contexts(items: Sequence[StoredObject]) -> list[PresentationContext]:
-    """Per SOP class: one plain context (the stored syntax first), one for each other syntax that occurs."""
+    """Per SOP class: one for each syntax that occurs, one for the plain ones that do not."""
     contexts = []
     for sop_class in sorted({item.sop_class_uid for item in items}):
         stored = sorted({UID(item.transfer_syntax_uid) for item in items if item.sop_class_uid == sop_class})
-        contexts += [build_context(sop_class, [syntax]) for syntax in stored if syntax not in PLAIN]
-        contexts.append(build_context(sop_class, sorted(PLAIN, key=lambda syntax: syntax not in stored)))
+        contexts += [build_context(sop_class, syntax) for syntax in stored]
+        if others := [syntax for syntax in PLAIN if syntax not in stored]:
+            contexts.append(build_context(sop_class, list(others)))
     if len(contexts) > MAX_CONTEXTS:
         raise PeerUnreachable(f"{len(contexts)} presentation contexts are needed, an association has {MAX_CONTEXTS}")
     return contexts

@@ -118,6 +118,25 @@ def test_a_peer_that_takes_only_implicit_vr_is_served(tmp_path: Path) -> None:
     assert [answer.status for answer in last] == [0, 0] and len(got) == 2
 
 
+def test_an_object_goes_out_as_it_lies_whatever_the_peer_prefers(tmp_path: Path) -> None:
+    """A peer that takes both plain syntaxes and would choose Implicit VR gets Explicit VR, byte for byte: Implicit VR
+    would cost private attributes their VR, and us the memory for the whole object."""
+    got: list[tuple[str, bytes]] = []
+    ae = AE("PACS")
+    files = saved(tmp_path, pet_series(slices=1))
+    ae.add_supported_context("1.2.840.10008.5.1.4.1.1.128", [ImplicitVRLittleEndian, ExplicitVRLittleEndian])
+    port = free_port()
+    server = ae.start_server(("127.0.0.1", port), block=False, evt_handlers=[(evt.EVT_C_STORE, lambda event: got.append(
+        (event.context.transfer_syntax, event.request.DataSet.getvalue())) or 0)])
+    try:
+        last, _ = send(port, files)
+    finally:
+        server.shutdown()
+    ((syntax, data),) = got
+    assert [answer.status for answer in last] == [0] and syntax == ExplicitVRLittleEndian
+    assert files[0].read_bytes().endswith(data) and len(data) > 1000
+
+
 def ct_only() -> AE:
     ae = AE("PACS")
     ae.add_supported_context("1.2.840.10008.5.1.4.1.1.2")
