@@ -22,8 +22,8 @@ from dicomnode import digest, machine
 from dicomnode.config import Config
 from dicomnode.ledger import Ledger
 from dicomnode.logs import get_logger
+from dicomnode.memo import memo, set_memo
 from dicomnode.notify import Outcome, Sender
-from dicomnode.sources import memo, set_memo
 from dicomnode.spool import Spool
 from dicomnode.troubles import Machine, Trouble, find
 

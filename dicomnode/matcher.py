@@ -29,6 +29,7 @@ from dicomnode.identity import SettingsRefused, SettingsUnknown
 from dicomnode.ledger import Ledger, NewJob
 from dicomnode.logs import get_logger
 from dicomnode.matching import Arrival, Completeness, choose_guide, completeness, eligible, geometry_of, guide_wait
+from dicomnode.memo import forget
 from dicomnode.operate import urgent_memo
 from dicomnode.psflibrary import PsfMissing, Resolution, resolve, settled, takes_psf
 from dicomnode.retention import missing_files
@@ -359,10 +360,9 @@ class Matcher:
     def _make(self, new: NewJob) -> None:
         """Queue the job; unfinished or released earlier ones of the series are superseded by it."""
         now, before = self._clock(), self._ledger.jobs_of_series(new.series_uid)
-        with self._ledger.transaction() as db:
-            wished = db.execute("DELETE FROM memo WHERE key = ?", (urgent_memo(new.series_uid),)).rowcount
-        wished += sum(job["urgent"] for job in before if job["state"] in WAITING)
-        job_id = self._ledger.add_job(replace(new, urgent=new.urgent or bool(wished)), now=now)
+        wished = forget(self._ledger, urgent_memo(new.series_uid))
+        wished = wished or any(job["urgent"] for job in before if job["state"] in WAITING)
+        job_id = self._ledger.add_job(replace(new, urgent=new.urgent or wished), now=now)
         for job in before:
             if job["id"] != job_id and job["state"] not in OVER:
                 self._ledger.set_job(job["id"], "superseded", now=now, code="late-input",

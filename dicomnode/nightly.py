@@ -25,8 +25,9 @@ from dicomnode.errors import NodeError, PeerRefused, PeerUnreachable
 from dicomnode.fetching import Fetch, fetch
 from dicomnode.ledger import Ledger
 from dicomnode.logs import get_logger
+from dicomnode.memo import memo, set_memo
 from dicomnode.query import Asking, SeriesFound, StudyFound, Times, date_range
-from dicomnode.sources import Sources, SourceSeries, memo, set_memo
+from dicomnode.sources import Sources, SourceSeries
 from dicomnode.spool import Spool
 from dicomnode.wanted import Verdict, judge, return_keys
 from sop.pet import is_own_output

@@ -13,6 +13,7 @@ from typing import Any
 
 from dicomnode.errors import NotFound, RefusedInput
 from dicomnode.ledger import Ledger
+from dicomnode.memo import set_memo
 from dicomnode.retention import require_files
 from dicomnode.states import OTHER_IMAGE
 
@@ -130,7 +131,7 @@ def urgent(ledger: Ledger, target: str, *, now: float, actor: str) -> Done:
         rank = 1 + int(ledger.query("SELECT max(urgent) AS rank FROM job WHERE state IN ('queued', 'failed')")
                        [0]["rank"] or 0)
         if row["job_state"] not in JOB_URGENT:
-            db.execute("INSERT OR REPLACE INTO memo VALUES (?, ?)", (urgent_memo(row["series_uid"]), actor))
+            set_memo(ledger, urgent_memo(row["series_uid"]), actor)
             ledger.event("series", from_state=row["series_state"], to_state=row["series_state"],
                          reason="urgent: its job starts before all others, whatever the window", **told)
             return Done(row["series_uid"], None, row["series_state"], "its job will start before all others")

@@ -18,7 +18,7 @@ from zoneinfo import ZoneInfo
 
 from dicomnode.config import Config
 from dicomnode.ledger import Ledger
-from dicomnode.sources import memo
+from dicomnode.memo import memo
 from dicomnode.spool import fsync_dir
 from dicomnode.views import timestamp
 

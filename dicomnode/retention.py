@@ -30,6 +30,7 @@ from dicomnode.config import Config
 from dicomnode.errors import RefusedInput
 from dicomnode.ledger import Ledger
 from dicomnode.logs import get_logger
+from dicomnode.memo import forget, memo, set_memo
 from dicomnode.spool import Spool, fsync_dir
 from dicomnode.states import JOB_STATES
 from dicomnode.views import timestamp
@@ -131,14 +132,13 @@ class Purger:
 
     def _trusts_the_clock(self, now: float) -> bool:
         """A clock that leaps ahead would make everything old at once: after a leap or a long stop a day goes by."""
-        with self._ledger.transaction() as db:
-            rows = self._ledger.query("SELECT value FROM memo WHERE key = ?", (CLOCK,))
-            seen, not_before = json.loads(rows[0]["value"]) if rows else (now, now)
+        with self._ledger.transaction():
+            seen, not_before = json.loads(memo(self._ledger, CLOCK) or json.dumps([now, now]))
             if not seen - FULL_S <= now <= seen + DAY_S:
                 not_before = now + DAY_S
                 log.warning("nothing is removed by age for a day: the node was stopped for long, or its clock was set",
                             action="retention_waits", hours=round((now - seen) / 3600, 1))
-            db.execute("INSERT OR REPLACE INTO memo VALUES (?, ?)", (CLOCK, json.dumps([now, not_before])))
+            set_memo(self._ledger, CLOCK, json.dumps([now, not_before]))
         self._full_at = now if now < not_before else self._full_at
         return bool(now >= not_before)
 
@@ -216,7 +216,7 @@ class Purger:
             objects = self._ledger.query("SELECT path, bytes FROM instance WHERE series_uid = ?", (one.uid,))
             paths, size = [each["path"] for each in objects], sum(each["bytes"] for each in objects)
             db.execute("UPDATE series SET purged_at = ? WHERE series_uid = ?", (now, one.uid))
-            db.execute("INSERT OR REPLACE INTO memo VALUES (?, ?)", (MEMO + one.uid, json.dumps(paths)))
+            set_memo(self._ledger, MEMO + one.uid, json.dumps(paths))
             self._ledger.event("series", now=now, study_uid=row["study_uid"], series_uid=one.uid, code="purged",
                                from_state=row["state"], to_state=row["state"],
                                reason=f"{len(paths)} objects removed, {size / MIB:.1f} MiB ({one.kind})")
@@ -231,16 +231,16 @@ class Purger:
     def _remove(self, key: str) -> None:
         """Remove the files that a memo lists, BATCH at a time under the lock that `restored` needs too."""
         while True:
-            with self._ledger.transaction() as db:
-                rows = self._ledger.query("SELECT value FROM memo WHERE key = ?", (key,))
-                if not rows:
+            with self._ledger.transaction():
+                left = memo(self._ledger, key)
+                if not left:
                     return
-                paths = json.loads(rows[0]["value"])
+                paths = json.loads(left)
                 _unlink(self._spool, paths[:BATCH])
                 if len(paths) > BATCH:
-                    db.execute("UPDATE memo SET value = ? WHERE key = ?", (json.dumps(paths[BATCH:]), key))
+                    set_memo(self._ledger, key, json.dumps(paths[BATCH:]))
                 else:
-                    db.execute("DELETE FROM memo WHERE key = ?", (key,))
+                    forget(self._ledger, key)
 
     def _purge_derived(self, one: _Candidate, now: float) -> int | None:
         with self._ledger.transaction() as db:
@@ -283,7 +283,7 @@ def restored(ledger: Ledger, series_uid: str, *, now: float, actor: str) -> None
         back = db.execute("UPDATE series SET purged_at = NULL WHERE series_uid = ? AND purged_at IS NOT NULL",
                           (series_uid,)).rowcount
         if back:
-            db.execute("DELETE FROM memo WHERE key = ?", (MEMO + series_uid,))
+            forget(ledger, MEMO + series_uid)
             row = ledger.series(series_uid)
             ledger.event("series", now=now, study_uid=row["study_uid"], series_uid=series_uid, code="restored",
                          from_state=row["state"], to_state=row["state"], actor=actor,

@@ -12,7 +12,7 @@ from typing import Any
 
 from dicomnode.ledger import Ledger
 
-__all__ = ["SourceSeries", "Sources", "memo", "set_memo"]
+__all__ = ["SourceSeries", "Sources"]
 
 LONGEST_WAIT_S = 7200.0  # what is due later was stamped by a wrong clock
 
@@ -102,15 +102,3 @@ class Sources:
                now: float) -> None:
         self._ledger.event("source", now=now, study_uid=study_uid, series_uid=series_uid, from_state=before,
                            to_state=after, code=source, reason=reason)
-
-
-def memo(ledger: Ledger, key: str) -> str:
-    """A small fact that outlives the process; "" where there is none."""
-    rows = ledger.query("SELECT value FROM memo WHERE key = ?", (key,))
-    return str(rows[0]["value"]) if rows else ""
-
-
-def set_memo(ledger: Ledger, key: str, value: str) -> None:
-    """Remember `value` under `key`."""
-    with ledger.transaction() as db:
-        db.execute("INSERT OR REPLACE INTO memo VALUES (?, ?)", (key, value))

@@ -14,8 +14,8 @@ from typing import Literal
 from dicomnode import workers
 from dicomnode.config import Config
 from dicomnode.ledger import Ledger
+from dicomnode.memo import memo
 from dicomnode.reconcile import problem_key
-from dicomnode.sources import memo
 
 __all__ = ["CERTIFICATE_LAST_DAYS", "CERTIFICATE_WARN_DAYS", "Machine", "Trouble", "find"]
 

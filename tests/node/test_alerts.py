@@ -27,9 +27,9 @@ from dicomnode.alerts import MESSAGES_AN_HOUR, Alerter
 from dicomnode.cli import app
 from dicomnode.errors import ConfigError
 from dicomnode.ledger import InstanceRow, NewJob
+from dicomnode.memo import memo, set_memo
 from dicomnode.notify import Outcome, Sender, read_urls
 from dicomnode.reconcile import problem_key
-from dicomnode.sources import memo, set_memo
 from dicomnode.troubles import Machine
 from tests.node.line import Line
 from tests.peers import ReceiverProcess, wait_until

@@ -15,8 +15,8 @@ from pydicom.dataset import Dataset
 
 from dicomnode.config import parse
 from dicomnode.matcher import Matcher
+from dicomnode.memo import memo
 from dicomnode.nightly import ATTEMPTS, AWAIT_S, Nightly
-from dicomnode.sources import memo
 from dicomnode.wanted import judge, return_keys
 from tests.factories import ct_series, pet_series
 from tests.node.line import full_settings_here

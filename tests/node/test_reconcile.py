@@ -14,9 +14,10 @@ from typer.testing import CliRunner
 
 from dicomnode import reconcile
 from dicomnode.cli.app import app
+from dicomnode.memo import set_memo
 from dicomnode.query import days_of
 from dicomnode.reconcile import Reconciliation, StudyLine, asked_key, problem_key
-from dicomnode.sources import Sources, SourceSeries, set_memo
+from dicomnode.sources import Sources, SourceSeries
 from tests.factories import ct_series, pet_series
 from tests.node.line import Line
 from tests.node.source_peer import Site, SourcePeer
