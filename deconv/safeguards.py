@@ -24,6 +24,7 @@ DELTA = 0.995  # one voxel alone, whatever the voxels
 FWHM_MM = 10.0  # wider than any clinical PET
 ACTIVITY = 0.005
 ACTIVITY_SCALE = 0.05  # what the solver's own activity may have been off before it was scaled
+SLICE_GAIN = 0.08  # what slices may have been off before the solver gave them their activity back (deconv/slices.py)
 SLICE_ACTIVITY = 0.02
 END_SLICE_ACTIVITY = 0.1  # what lies beyond the field of view is not known, and it blurs into the slices at its ends
 SLICE_SHARE = 0.1  # slices with less than this share of the mean activity of a slice are not judged
@@ -53,6 +54,7 @@ def gates(volume: Volume, result: Deconvolution) -> tuple[Gate, ...]:
 
     kernel-centroid voxels from the centre, largest axis; kernel-maximum; kernel-width mm, widest axis; activity,
     relative change of the total; activity-scale, by how far the solver's total was off before it was corrected;
+    slice-gain, the same of a single slice;
     slice-activity and end-slice-activity, largest relative change of a slice's activity after blurring again; residual,
     RMS over the source's maximum; maximum, over the source's; seam, where a region passes into its source
     (deconv/seams.py); uncertainty, voxels where it is negative. What a result does not have (kernel, region,
@@ -82,6 +84,8 @@ def gates(volume: Volume, result: Deconvolution) -> tuple[Gate, ...]:
             *_slice_gates(volume.array, off, where, result.kernel),
             _gate("residual", _over(float(np.sqrt(np.mean(off.astype(np.float64) ** 2))), top), RESIDUAL),
         ]
+    if "slice_gain" in result.metrics:
+        found.append(_gate("slice-gain", result.metrics["slice_gain"], SLICE_GAIN))
     if not where.is_whole:
         found.append(_gate("seam", _seam(volume, result, where), seams.LIMIT))
     if result.uncertainty is not None:

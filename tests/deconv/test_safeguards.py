@@ -102,6 +102,12 @@ def test_scaling_cannot_hide_a_bad_solution(phantom, honest):
     }
 
 
+@pytest.mark.parametrize(("gain", "expected"), [(0.047, set()), (0.09, {"slice-gain"})])
+def test_slices_that_needed_too_much_mending_shut_their_gate(phantom, honest, gain: float, expected: set[str]):
+    """What levelling gives back to slices must not hide a solution that lost it."""
+    assert shut(phantom.measured, replace(honest, metrics={**honest.metrics, "slice_gain": gain})) == expected
+
+
 # --- what the preset "best" hands in: a kernel of few parameters, an uncertainty
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from deconv.kernels import gaussian
 from deconv.members import applied
 from deconv.pooled import PooledBlur
+from deconv.safeguards import SLICE_GAIN
 from deconv.slices import MOST, slice_gains
 
 KERNEL = gaussian((6.0, 6.0, 6.0), (1.5, 1.5, 1.5))
@@ -74,3 +75,4 @@ def test_a_misfit_too_large_is_left_to_the_gates():
     x = _image(np.ones(24))
     gains = slice_gains(x, 1.5 * _measured(x), KERNEL, 4)
     assert gains.max() == pytest.approx(1 + MOST)
+    assert MOST > SLICE_GAIN, "the gate must be able to see it"
