@@ -24,12 +24,13 @@ from dicomnode.sections import (
     Section,
     Services,
     Tls,
+    Web,
     Work,
 )
 
 __all__ = [
     "Alerts", "Completeness", "Config", "Delivery", "Derived", "Node", "Peer", "Reception", "Retention", "Route",
-    "Schedule", "Services", "Tls", "Work", "load", "parse",
+    "Schedule", "Services", "Tls", "Web", "Work", "load", "parse",
 ]
 
 class Config(Section):
@@ -46,6 +47,7 @@ class Config(Section):
     derived: Derived = Derived()
     retention: Retention = Retention()
     alerts: Alerts = Alerts()
+    web: Web = Web()
     peer: tuple[Peer, ...] = ()
     route: tuple[Route, ...] = ()
 
@@ -76,6 +78,8 @@ class Config(Section):
                 raise ValueError(f"peer {peer.name!r} is to be asked (query, confirm) and has no port")
         if self.schedule.retrieve_at is not None and not any(peer.query for peer in self.peer):
             raise ValueError("schedule.retrieve_at needs a [[peer]] with query = true")
+        if self.web.enabled and self.web.port in (self.node.port, self.tls.port):
+            raise ValueError("web.port is a DICOM port of the node: the status page needs a port of its own")
         if self.work.executor == "dask" and not self.work.dask_scheduler:
             raise ValueError("work.executor = \"dask\" needs work.dask_scheduler, e.g. \"tcp://scheduler:8786\"")
         return self

@@ -25,7 +25,7 @@ __all__ = ["NEEDS_RESTART", "Reading", "Reloader", "merged"]
 #: Bound at the start: addresses we listen on, files we hold, what peers negotiate, who runs jobs.
 NEEDS_RESTART = (
     "node.ae_title", "node.host", "node.port", "node.data_dir", "node.uid_root", "reception.max_pdu", "services", "tls",
-    "work.executor", "work.dask_scheduler", "work.dask_jobs",
+    "web", "work.executor", "work.dask_scheduler", "work.dask_jobs",
 )
 
 log = get_logger(__name__)

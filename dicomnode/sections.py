@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, StringConstraint
 
 __all__ = [
     "Alerts", "Completeness", "Delivery", "Derived", "Node", "Peer", "Reception", "Retention", "Route", "Schedule",
-    "Section", "Services", "Tls", "Work",
+    "Section", "Services", "Tls", "Web", "Work",
 ]
 
 # PS3.5 Table 6.2-1: AE is at most 16 characters of the default repertoire, no backslash or control characters.
@@ -33,11 +33,13 @@ WINDOW = (r"^(?:DAY(?:-DAY)?(?:,DAY(?:-DAY)?)* )?".replace("DAY", "(?:mon|tue|we
 WindowText = Annotated[str, StringConstraints(strip_whitespace=True, pattern=WINDOW)]
 DEVICE, ONE_DEVICE = r"^(auto|cpu|cuda(:\d+)?)$", r"^(cpu|cuda:\d+)$"
 FINGERPRINT = r"^[0-9a-fA-F]{64}$"
+HOST = r"^[A-Za-z0-9.:\[\]-]+$"
 #: What a text of that pattern is called in messages.
 SHAPES = {AE_CHARACTERS: "an AE title: printable ASCII without backslash",
           NAME_CHARACTERS: "a name: letters, digits, blank, dot, _ and -",
           DEVICE: "auto, cpu, cuda or one GPU such as cuda:0",
           ONE_DEVICE: "cpu or one GPU such as cuda:0",
+          HOST: "a host name or address",
           FINGERPRINT: "a SHA-256 fingerprint: 64 hexadecimal digits, no colons",
           TIME_OF_DAY: 'a time of day such as "06:30"',
           WINDOW: 'a window such as "20:00-06:00" or "mon-fri 20:00-06:00"'}
@@ -152,6 +154,54 @@ class Retention(Section):
     derived_days: Days = 0
     ignored_days: Days = 0
     free_mb: Annotated[int, Field(ge=0)] = 0
+
+
+class Web(Section):
+    """The status page and its REST API: a process of its own, on loopback unless told otherwise.
+
+    Who holds the token of `token_file` may look and act, of `viewer_token_file` only look. Behind a reverse proxy that
+    knows its users, `user_header` names them, believed from `trusted_proxies` alone.
+    """
+
+    enabled: bool = False
+    host: str = "127.0.0.1"
+    port: Port = 8811
+    hosts: tuple[Annotated[str, StringConstraints(pattern=HOST)], ...] = ()
+    certificate: Path | None = None
+    key: Path | None = None
+    token_file: Path | None = None
+    viewer_token_file: Path | None = None
+    session_h: Annotated[float, Field(gt=0)] = 12
+    user_header: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9-]*$")] = ""
+    trusted_proxies: tuple[str, ...] = ()
+    operators: tuple[str, ...] = ()
+    root_path: Annotated[str, StringConstraints(pattern=r"^(/[\w.~-]+)*$")] = ""
+    show_names: bool = False
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _networks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for text in value:
+            ipaddress.ip_network(text, strict=False)
+        return value
+
+    @model_validator(mode="after")
+    def _whole(self) -> Web:
+        if (self.certificate is None) != (self.key is None):
+            raise ValueError("certificate and key belong together")
+        if bool(self.user_header) != bool(self.trusted_proxies):
+            raise ValueError("user_header and trusted_proxies belong together: whose header is believed")
+        if not _is_loopback(self.host) and self.certificate is None and not self.trusted_proxies:
+            raise ValueError(f"host {self.host!r} can be reached from other machines: it needs certificate and key, or "
+                             "a reverse proxy (trusted_proxies) that encrypts")
+        return self
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 class Alerts(Section):
@@ -271,6 +321,14 @@ class Route(Section):
     urgent: bool = False
     late_input: Literal["hold", "supersede", "ignore"] | None = None
     source: str | None = None
+    also: tuple[Literal["report", "kernel", "pictures"], ...] = ()
+
+    @field_validator("also")
+    @classmethod
+    def _each_once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(value)) != len(value):
+            raise ValueError("names one twice")
+        return value
 
     @field_validator("send_to")
     @classmethod

@@ -1,6 +1,7 @@
 #!/bin/sh
-# Debian packages the tests talk to: DCMTK (peers), Orthanc (a real PACS), dicom3tools (dciodvfy, dcentvfy); and what
-# builds pyradiomics, the reference for the texture map: a C compiler and Python's headers.
+# Debian packages the tests talk to: DCMTK (peers), Orthanc (a real PACS), dicom3tools (dciodvfy, dcentvfy), Chromium
+# (the status page as people see it); and what builds pyradiomics, the reference for the texture map: a C compiler and
+# Python's headers.
 # Installs what is missing, as root or by sudo; says what to do where neither is possible.
 set -eu
 
@@ -8,6 +9,7 @@ missing=""
 [ -x /usr/bin/storescu ] || missing="$missing dcmtk"
 [ -x /usr/sbin/Orthanc ] || missing="$missing orthanc"
 [ -x /usr/bin/dciodvfy ] || missing="$missing dicom3tools"
+[ -x /usr/bin/chromium ] || missing="$missing chromium"
 command -v cc >/dev/null || missing="$missing gcc libc6-dev"
 "${PYTHON:-python3}" -c 'import os, sysconfig
 raise SystemExit(not os.path.isfile(os.path.join(sysconfig.get_path("include"), "Python.h")))' || missing="$missing python3-dev"

@@ -84,7 +84,8 @@ class Line:
             transfer_syntax_uid=str(ds.file_meta.TransferSyntaxUID),
             path=self.spool.relative(path), bytes=len(written.getvalue()), sha256=digest, calling_ae=calling_ae,
             address="127.0.0.1", received_at=self.now, modality=str(ds.Modality),
-            series_number=str(ds.get("SeriesNumber", "")),
+            series_number=str(ds.get("SeriesNumber", "")), accession_number=str(ds.get("AccessionNumber", "")),
+            series_description=str(ds.get("SeriesDescription", "")),
             position=tuple(map(float, ds.ImagePositionPatient)) if "ImagePositionPatient" in ds else None,
             orientation=tuple(map(float, ds.ImageOrientationPatient)) if "ImageOrientationPatient" in ds else None,
         )
