@@ -13,7 +13,7 @@ TEST_ENV := OMP_NUM_THREADS=1 TCP_NODELAY=1 PATH="$(CURDIR)/$(BIN):$$PATH"
 PYTEST   := $(TEST_ENV) $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow chaos soak test-gpu check bench venv install uninstall system-packages clean
+.PHONY: help demo test test-slow chaos soak test-gpu check bench docs venv install uninstall system-packages clean
 
 help:
 	@echo "make demo        install into $(VENV), then run the demo into $(OUT)"
@@ -24,6 +24,7 @@ help:
 	@echo "make test-gpu    the tests that need a CUDA device"
 	@echo "make check       ruff and mypy"
 	@echo "make bench       all benchmarks"
+	@echo "make docs        the documentation as a site, without internet to read it: build/site/index.html"
 	@echo "make venv        install into $(VENV)"
 	@echo "make install     as root: system services on this machine (docs/install.md); uninstall keeps all data"
 	@echo "make clean       remove $(VENV), caches and $(OUT)"
@@ -65,6 +66,10 @@ check: $(VENV)/.installed-dev
 bench: system-packages $(VENV)/.installed-test
 	@set -e; for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
 
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "build/site/index.html"
+
 system-packages:
 	@PYTHON="$(PYTHON)" sh scripts/system-packages.sh
 
@@ -89,6 +94,10 @@ $(VENV)/.installed-test: $(VENV)/.installed
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[docs]'
 	@touch $@
 
 clean:

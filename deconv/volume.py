@@ -31,6 +31,15 @@ class Volume:
     unit       UCUM code: "Bq/ml", "g/ml{SUVbw}", "[hnsf'U]"; "1" for a pure number.
 
     Raises ValueError where the array is not three-dimensional, empty or not finite, or the grid is not a grid.
+
+    >>> volume = Volume.axial(np.ones((4, 6, 6)), (3.0, 2.0, 2.0))
+    >>> volume.shape, volume.voxel_ml, volume.unit
+    ((4, 6, 6), 0.012, 'Bq/ml')
+    >>> volume.position((1, 0, 0)).tolist()
+    [0.0, 0.0, 3.0]
+    >>> volume.array[0, 0, 0] = 2
+    Traceback (most recent call last):
+    ValueError: assignment destination is read-only
     """
 
     array: NDArray[np.float32]
@@ -115,6 +124,10 @@ class Volume:
 
         The first voxel centre moves by minus a quarter of this grid's voxel along each axis, so that the outer
         edges stay where they are (derived-PET rule 1: resampling that aligns corners is wrong by that quarter).
+
+        >>> fine = Volume.axial(np.ones((1, 2, 2)), (4, 4, 4)).doubled(np.ones((2, 4, 4)))
+        >>> fine.spacing.tolist(), fine.origin.tolist()
+        ([2.0, 2.0, 2.0], [-1.0, -1.0, -1.0])
         """
         array = np.asarray(array)
         if array.shape != tuple(2 * n for n in self.shape):
