@@ -15,6 +15,7 @@ from dicomnode import __version__
 from dicomnode.config import Config
 from dicomnode.ledger import Ledger
 from dicomnode.spool import Spool
+from dicomnode.web.words import Words
 
 __all__ = ["FOLDER", "Site", "SiteNow", "page"]
 
@@ -59,5 +60,6 @@ def page(request: Request, template: str, *, status_code: int = 200, **values: A
     user = getattr(request.state, "user", None)
     text = site.templates.get_template(template).render(
         **values, node=site.config.node, version=__version__, user=user, path=request.url.path,
-        root=site.config.web.root_path, csrf=getattr(request.state, "csrf", ""))
+        words=Words(site.config.schedule.timezone, site.clock()), root=site.config.web.root_path,
+        csrf=getattr(request.state, "csrf", ""))
     return HTMLResponse(text, status_code=status_code)
