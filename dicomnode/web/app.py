@@ -10,13 +10,13 @@ from fastapi.staticfiles import StaticFiles
 
 from dicomnode import __version__
 from dicomnode.config import Config
-from dicomnode.web import overview
+from dicomnode.web import metrics, overview
 from dicomnode.web.site import FOLDER, Site
 
 __all__ = ["create"]
 
 #: Every part of the site; each module has one `router`.
-PARTS = (overview,)
+PARTS = (overview, metrics)
 
 
 def create(config: Config, *, clock: Callable[[], float] = time.time) -> FastAPI:
