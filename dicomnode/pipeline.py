@@ -33,6 +33,9 @@ from deconv.safeguards import Gate, gates
 from dicomnode.daskclient import ClusterUnavailable, WorkerLost
 from dicomnode.daskclient import deconvolve as deconvolve_on_cluster
 from dicomnode.errors import CannotUnderstand
+from dicomnode.looks import LOOKS_FILE
+from dicomnode.looks import make as make_looks
+from dicomnode.looks import save as save_looks
 from dicomnode.process import die_first, tie_to_parent, trouble
 from dicomnode.remote import Computed
 from dicomnode.stored import sha256_of
@@ -137,6 +140,7 @@ def process(
         np.save(out_folder / KERNEL_FILE, result.kernel)
     if result.uncertainty is not None:
         save_uncertainty(out_folder / UNCERTAINTY_FILE, result.uncertainty)
+    report["looks"] = _looks(volume, result, source, out_folder / LOOKS_FILE)
     names = ("read", "deconvolve", "derive", "check")
     report["seconds"] = {name: round(b - a, 3) for name, a, b in zip(names, marks, marks[1:])}
     report |= {"derived_series_uid": derived.series_instance_uid, "derived_instances": len(derived.files),
@@ -246,6 +250,21 @@ def _check(pet_files: Iterable[Path], derived: DerivedSeries, result: Deconvolut
         shutil.rmtree(folder)
         raise Failing("check", "; ".join(item.message for item in checked.failures), "report it with source and log",
                       report=_plain(report), study=source.study, series=source.series)
+
+
+def _looks(volume: Volume, result: Deconvolution, source: SeriesInfo, path: Path) -> dict[str, Any]:
+    """What people look at, for the report. The series is whole and checked: no picture of it is worth losing it, so
+    whatever goes wrong here is said, in the log and under "problem", and the series goes on without."""
+    try:
+        looks = make_looks(volume, result, source)
+        save_looks(path, looks)
+    except Exception as error:
+        path.unlink(missing_ok=True)
+        traceback.print_exc()
+        problem = f"no pictures: {type(error).__name__}: {error}"[:500]
+        sys.stderr.write(f"series {source.series}: {problem}\n")
+        return {"problem": problem}
+    return looks.measures
 
 
 def _report(source: SeriesInfo, result: Deconvolution, guide: Mapping[str, Any], *, device: str,
