@@ -41,6 +41,12 @@ class Upright:
     spacing: tuple[float, float, float]
     first: tuple[float, float, float]
 
+    @property
+    def first_lps(self) -> list[float]:
+        """LPS mm (x, y, z) of the centre of voxel [0, 0, 0]."""
+        foot, back, left = self.first
+        return [left, back, -foot]
+
     def plane_mm(self, plane: str) -> tuple[float, float]:
         """mm of a pixel of the projection `plane` along its rows and columns: (from row to row, column to column)."""
         row, column = (step for axis, step in enumerate(self.spacing) if axis != PLANES[plane])

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from deconv.volume import Volume
     from sop.series import SeriesInfo
 
-__all__ = ["LOOKS_FILE", "Looks", "load", "make", "save", "shared_top"]
+__all__ = ["LOOKS_FILE", "Looks", "extent", "load", "make", "save", "shared_top"]
 
 LOOKS_FILE = "looks.npz"
 VIEWS = 24
@@ -53,8 +53,8 @@ Image = NDArray[np.float32]
 class Looks:
     """Pictures and figures of one derived series, in display units.
 
-    measures  plain JSON values: unit, unit_note, factor, top, mips, rotation, kernel, regions, profiles,
-              activity_change, residual_rms, residual_of, uncertainty.
+    measures  plain JSON values: unit, unit_note, factor, top, mips, grid, rotation, kernel, regions, profiles,
+              activity_change, residual_rms, residual_of, uncertainty. grid: where the pictures lie, see `extent`.
     arrays    name -> float32: "before.axial", "before.coronal", "before.sagittal" and "after." alike (MIPs);
               "before.rotation" and "after.rotation" (views, rows, columns); "residual." of the three planes (the value
               farthest from zero along the ray); where there is one, "uncertainty." of the three planes (percent, of
@@ -93,6 +93,8 @@ def make(source: Volume, result: Deconvolution, info: SeriesInfo) -> Looks:
         "unit": unit, "unit_note": note, "factor": factor, "top": top,
         "mips": {name: {plane: {"mm": list(volume.plane_mm(plane))} for plane in planes}
                  for (name, planes), volume in zip(mips.items(), (before, after), strict=True)},
+        "grid": {name: {"first_mm": volume.first_lps, "spacing_mm": list(volume.spacing)}
+                 for name, volume in (("before", before), ("after", after))},
         "rotation": rotation, "kernel": _kernel(result, arrays),
         "regions": [_region(number, region, factor) for number, region in enumerate(found, start=1)],
         "profiles": [profile for number, region in enumerate(found[:PROFILED], start=1)
@@ -167,8 +169,11 @@ def _kernel(result: Deconvolution, arrays: dict[str, Image]) -> dict[str, Any] |
         return None
     for axis, name in enumerate("dhw"):
         arrays[f"kernel.{name}"] = result.kernel.sum(axis=axis, dtype=np.float32)
+    peak = np.unravel_index(int(result.kernel.argmax()), result.kernel.shape)
+    lines = [result.kernel[tuple(slice(None) if a == axis else peak[a] for a in range(3))] for axis in range(3)]
     return {"fwhm_mm": list(kernel_fwhm_mm(result.kernel, result.kernel_spacing)),
-            "spacing_mm": [float(step) for step in result.kernel_spacing], "maximum": float(result.kernel.max())}
+            "spacing_mm": [float(step) for step in result.kernel_spacing], "maximum": float(result.kernel.max()),
+            "lines": [_rounded(line.astype(np.float64)) for line in lines]}
 
 
 def _region(number: int, region: Region, factor: float) -> dict[str, Any]:
@@ -220,6 +225,22 @@ def _uncertainty(result: Deconvolution, after: Upright, arrays: dict[str, Image]
     if not shown.size:
         return None
     return {"median_percent": float(np.median(shown)), "p90_percent": float(np.percentile(shown, 90))}
+
+
+# --- where a picture lies
+
+
+def extent(measures: Mapping[str, Any], name: str, plane: str, shape: tuple[int, int]) -> tuple[float, ...]:
+    """LPS mm of the outer edges of a "before" or "after" picture of `shape` (rows, columns): left, right, bottom, top.
+
+    Across lies x (sagittal: y), downwards z (axial: y). A residual lies as "before", an uncertainty as "after".
+    """
+    grid = measures["grid"][name]
+    x, y, z = grid["first_mm"]
+    foot, back, left = grid["spacing_mm"]
+    across, by = (y, back) if plane == "sagittal" else (x, left)
+    down, step = (y, back) if plane == "axial" else (z, -foot)
+    return across - by / 2, across + by * (shape[1] - 0.5), down + step * (shape[0] - 0.5), down - step / 2
 
 
 # --- keeping
