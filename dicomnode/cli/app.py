@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from dicomnode import __version__
-from dicomnode.cli import acting, evaluating, looking, offline, psf, reconciling, repairing, running
+from dicomnode.cli import acting, evaluating, looking, offline, psf, reconciling, repairing, reporting, running
 from dicomnode.errors import Exit, NodeError
 
 __all__ = ["app"]
@@ -76,7 +76,8 @@ def _add(panel: str, commands: dict[str, Callable[..., None]]) -> None:
 
 _add("Try", {"demo": running.demo, "phantom": offline.phantom})
 _add("Run", {"serve": running.serve, "receive": running.receive, "work": running.work, "check": looking.check})
-_add("Look", {"status": looking.status, "jobs": looking.jobs, "show": looking.show, "alert": looking.alert,
+_add("Look", {"status": looking.status, "jobs": looking.jobs, "show": looking.show, "report": reporting.report,
+              "alert": looking.alert,
               "psf": psf.psf, "find": reconciling.find, "reconcile": reconciling.reconcile})
 _add("Decide", {"retry": acting.retry, "hold": acting.hold, "release": acting.release, "cancel": acting.cancel,
                 "urgent": acting.urgent, "fetch": reconciling.fetch, "repair": repairing.repair})
