@@ -9,7 +9,7 @@ import csv
 import json
 import shutil
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from dicomnode import machine, workers
@@ -21,11 +21,15 @@ from dicomnode.reconcile import problem_key
 from dicomnode.spool import Spool
 from dicomnode.states import JOB_STATES, SERIES_STATES
 
-__all__ = ["Deliveries", "Gpu", "Now", "Worker", "certificates", "gpus", "retention_days", "take"]
+__all__ = ["Deliveries", "Gpu", "Now", "Worker", "certificates", "finished", "gpus", "retention_s", "take"]
 
 GPU_QUERY = ("index", "name", "utilization.gpu", "memory.used", "memory.total", "temperature.gpu")
 GPU_S = 5.0
 MIB = 2**20
+FINISHED = {"job": ("delivered", "committed", "cancelled", "superseded"), "series": ("matched", "ignored"),
+            "commitment": ("asked", "confirmed", "failed", "late")}
+UNFINISHED = {"job": tuple(state for state in JOB_STATES if state not in FINISHED["job"]),
+              "series": tuple(state for state in SERIES_STATES if state not in FINISHED["series"])}
 
 log = get_logger(__name__)
 
@@ -67,7 +71,7 @@ class Gpu:
 class Now:
     """Times are seconds since 1970, sizes bytes.
 
-    jobs, series, commitments    state -> how many; all states of jobs and series are there.
+    jobs, series   state -> how many; only what is not finished.
     queued         route -> how many jobs wait (queued, or failed and tried again).
     urgent         how many of them are urgent.
     queued_at      when the oldest of them was queued; None: nothing waits.
@@ -81,7 +85,6 @@ class Now:
 
     jobs: Mapping[str, int]
     series: Mapping[str, int]
-    commitments: Mapping[str, int]
     queued: Mapping[str, int]
     urgent: int
     queued_at: float | None
@@ -108,9 +111,8 @@ def take(ledger: Ledger, config: Config, spool: Spool, *, now: float) -> Now:
     for row in queue:
         queued[row["route"]] = queued.get(row["route"], 0) + row["n"]
     return Now(
-        jobs=dict.fromkeys(JOB_STATES, 0) | _by_state(ledger, "job"),
-        series=dict.fromkeys(SERIES_STATES, 0) | _by_state(ledger, "series"),
-        commitments=_by_state(ledger, "commitment"), queued=queued,
+        jobs=_by_state(ledger, "job", UNFINISHED["job"]), series=_by_state(ledger, "series", UNFINISHED["series"]),
+        queued=queued,
         urgent=sum(row["n"] for row in queue if row["urgent"]),
         queued_at=min((row["oldest"] for row in queue), default=None), running_at=running,
         progress=_progress(ledger), held=_held(ledger), deliveries=_deliveries(ledger, config),
@@ -120,8 +122,16 @@ def take(ledger: Ledger, config: Config, spool: Spool, *, now: float) -> Now:
         ledger_bytes=sum(path.stat().st_size for path in spool.data_dir.glob(f"{spool.ledger_path.name}*")))
 
 
-def _by_state(ledger: Ledger, table: str) -> dict[str, int]:
-    return {row["state"]: row["n"] for row in ledger.query(f"SELECT state, count(*) AS n FROM {table} GROUP BY state")}
+def finished(ledger: Ledger) -> dict[str, dict[str, int]]:
+    """"job", "series", "commitment" -> state -> how many are finished: years of them, not to be counted too often."""
+    return {table: _by_state(ledger, table, states) for table, states in FINISHED.items()}
+
+
+def _by_state(ledger: Ledger, table: str, states: Sequence[str]) -> dict[str, int]:
+    """All of `states` are there."""
+    rows = ledger.query(f"SELECT state, count(*) AS n FROM {table} WHERE state IN (SELECT value FROM json_each(?)) "
+                        "GROUP BY state", (json.dumps(states),))
+    return dict.fromkeys(states, 0) | {row["state"]: row["n"] for row in rows}
 
 
 def _progress(ledger: Ledger) -> dict[str, float]:
@@ -129,7 +139,7 @@ def _progress(ledger: Ledger) -> dict[str, float]:
     found = {}
     for row in ledger.query("SELECT coalesce(device, '') AS device, progress FROM job WHERE state = 'running'"):
         progress = json.loads(row["progress"] or "{}")
-        if progress.get("steps"):
+        if progress.get("steps") and row["device"]:
             found[row["device"]] = min(1.0, progress.get("step", 0) / progress["steps"])
     return found
 
@@ -146,7 +156,7 @@ def _deliveries(ledger: Ledger, config: Config) -> dict[str, Deliveries]:
                sum(state = 'dead') AS dead, min(CASE state WHEN 'waiting' THEN created_at END) AS oldest_at
           FROM delivery WHERE state IN ('waiting', 'dead') GROUP BY peer""")
     unproven = {row["peer"]: row["n"] for row in ledger.query(
-        "SELECT peer, count(*) AS n FROM delivery WHERE prove_at IS NOT NULL AND state = 'delivered' GROUP BY peer")}
+        "SELECT peer, count(*) AS n FROM delivery WHERE prove_at IS NOT NULL AND +state = 'delivered' GROUP BY peer")}
     found = {name: Deliveries(unproven=unproven.get(name, 0))
              for name in [*(peer for route in config.route for peer in route.send_to), *unproven]}
     return found | {row["peer"]: Deliveries(row["waiting"], row["failing"], row["dead"],
@@ -221,7 +231,8 @@ def _times(value: float | None, factor: float) -> float | None:
     return None if value is None else value * factor
 
 
-def retention_days(config: Config) -> dict[str, float]:
-    """Kind of objects -> days they are kept after they are finished; 0: for ever."""
+def retention_s(config: Config) -> dict[str, float]:
+    """Kind of objects -> seconds that they are kept after they are finished; 0: for ever."""
     limits = config.retention
-    return {"inputs": limits.inputs_days, "derived": limits.derived_days, "ignored": limits.ignored_days}
+    days = {"inputs": limits.inputs_days, "derived": limits.derived_days, "ignored": limits.ignored_days}
+    return {what: 86400 * limit for what, limit in days.items()}

@@ -25,7 +25,7 @@ from dicomnode.ledger import Ledger
 from dicomnode.logs import get_logger
 from dicomnode.memo import memo, set_memo
 
-__all__ = ["BUCKETS_S", "History", "OTHER", "Received", "Reception", "Spread", "Tally"]
+__all__ = ["BUCKETS_S", "History", "NODE_EVENTS", "OTHER", "Received", "Reception", "Spread", "Tally"]
 
 VERSION = 1
 EVENTS_MEMO, RECEPTION_MEMO = "measures.events", "measures.reception"
@@ -39,6 +39,8 @@ OTHER = "other"
 #: Upper ends of the histograms' buckets, seconds; the last is open.
 BUCKETS_S = (10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1200.0, 1800.0, 3600.0, 7200.0, 14400.0, 28800.0, 86400.0)
 MODALITIES = frozenset({"PT", "CT", "NM", "MR", "SR", "SC", "SEG", "REG", "RTSTRUCT", "OT", "PR", "KO"})
+
+NODE_EVENTS = ("started", "worker-started", "worker-gone", "repaired")
 
 Labels = tuple[str, ...]
 Counts = dict[str, dict[Labels, float]]
@@ -98,8 +100,8 @@ COUNTS = {
         AND e.to_state = 'delivered' GROUP BY e.code""",
     "purges": """SELECT e.kind, count(*) FROM event e WHERE e.id > :mark AND e.id <= :top
         AND e.kind IN ('series', 'job') AND e.code = 'purged' GROUP BY e.kind""",
-    "node": """SELECT e.code, count(*) FROM event e WHERE e.id > :mark AND e.id <= :top
-        AND e.kind = 'node' AND e.code IN ('started', 'worker-started', 'worker-gone', 'repaired') GROUP BY e.code""",
+    "node": f"""SELECT e.code, count(*) FROM event e WHERE e.id > :mark AND e.id <= :top
+        AND e.kind = 'node' AND e.code IN {NODE_EVENTS} GROUP BY e.code""",
 }
 _REFUSED = """SELECT e.kind, e.code, e.reason FROM event e
  WHERE e.id > :mark AND e.id <= :top AND e.kind IN ('reception', 'security')"""

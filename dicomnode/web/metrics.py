@@ -9,6 +9,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from datetime import datetime
+from itertools import product
 from typing import Any, Generic, TypeVar
 
 from fastapi import APIRouter, Request, Response
@@ -23,10 +25,12 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from dicomnode import __version__, measures
+from dicomnode.config import Config
 from dicomnode.forecast import forecast
 from dicomnode.ledger import SCHEMA_VERSION
 from dicomnode.measures import Deliveries, Gpu, Now, gpus
-from dicomnode.tally import BUCKETS_S, OTHER, History, Received, Reception, Spread, Tally
+from dicomnode.states import JOB_STATES
+from dicomnode.tally import BUCKETS_S, NODE_EVENTS, OTHER, History, Received, Reception, Spread, Tally
 from dicomnode.web.access import Viewer
 from dicomnode.web.site import Site
 
@@ -36,7 +40,8 @@ Labels = tuple[str, ...]
 Value = TypeVar("Value")
 PREFIX = "dicomnode_"
 TEXT = "text/plain; version=0.0.4; charset=utf-8"
-GPU_S, FORECAST_S, CERTIFICATE_S = 15.0, 60.0, 300.0  # what is dear to find out is asked no more often
+# What is dear to find out is asked no more often.
+GPU_S, FORECAST_S, FINISHED_S, CERTIFICATE_S = 15.0, 60.0, 60.0, 300.0
 MIB = 2**20
 
 router = APIRouter()
@@ -87,6 +92,7 @@ class NodeCollector(Collector):
         self._tally, self._reception = Tally(timer=timer), Reception(timer=timer)
         self._gpus = _Kept[list[Gpu]](GPU_S, timer)
         self._plan = _Kept[dict[str, Any]](FORECAST_S, timer)
+        self._finished = _Kept[dict[str, dict[str, int]]](FINISHED_S, timer)
         self._certificates = _Kept[dict[str, float | None]](CERTIFICATE_S, timer)
 
     def describe(self) -> Iterable[Metric]:
@@ -98,14 +104,15 @@ class NodeCollector(Collector):
         began, site = self._timer(), self._site()
         now = site.clock()
         seen = measures.take(site.ledger, site.config, site.spool, now=now)
+        over = self._finished.get(lambda: measures.finished(site.ledger))
         history = self._tally.look(site.ledger)
         received = self._reception.look(site.ledger, now=now)
         plan = self._plan.get(lambda: forecast(site.ledger, site.config, now=now))
         expires = self._certificates.get(lambda: measures.certificates(site.config, now=now))
         yield from _about(site)
-        yield from _work(seen, now)
+        yield from _work(seen, over, now)
         yield from _plan(plan)
-        yield from _delivering(seen.deliveries, seen.commitments)
+        yield from _delivering(seen.deliveries, over["commitment"])
         yield from _machine(seen, site)
         yield from _gpus(self._gpus.get(self._ask_gpus))
         yield _gauge("certificate_expiry_timestamp_seconds", "When the certificate of that key of the configuration "
@@ -114,7 +121,7 @@ class NodeCollector(Collector):
         yield _gauge("history_read", "1: all of the ledger is counted. 0: it is long and still being read; counters "
                      "come once it is.", [], {(): float(history is not None and received is not None)})
         if history is not None and received is not None:
-            yield from _history(history)
+            yield from _history(history, site.config)
             yield from _received(received, {peer.ae_title for peer in site.config.peer})
         yield _gauge("scrape_duration_seconds", "How long it took to find all this out.", [],
                      {(): self._timer() - began})
@@ -154,13 +161,15 @@ def _keyed(values: Mapping[str, float]) -> dict[Labels, float]:
 def _about(site: Site) -> Iterable[Metric]:
     yield InfoMetricFamily(PREFIX + "build", "Version of the software and of its ledger.",
                            {"version": __version__, "ledger": str(SCHEMA_VERSION)})
-    yield _gauge("retention_days", "How long finished objects are kept, days; 0: for ever.", ["what"],
-                 _keyed(measures.retention_days(site.config)))
+    yield _gauge("retention_seconds", "How long finished objects are kept; 0: for ever.", ["what"],
+                 _keyed(measures.retention_s(site.config)))
 
 
-def _work(seen: Now, now: float) -> Iterable[Metric]:
-    yield _gauge("jobs", "Jobs by state.", ["state"], _keyed(seen.jobs))
-    yield _gauge("series", "Series received, by state.", ["state"], _keyed(seen.series))
+def _work(seen: Now, over: Mapping[str, Mapping[str, int]], now: float) -> Iterable[Metric]:
+    yield _gauge("jobs", "Jobs by state; what is finished (delivered, committed, cancelled, superseded) as of a minute "
+                 "ago.", ["state"], _keyed({**seen.jobs, **over["job"]}))
+    yield _gauge("series", "Series received, by state; what is finished (matched, ignored) as of a minute ago.",
+                 ["state"], _keyed({**seen.series, **over["series"]}))
     yield _gauge("queue_jobs", "Jobs that wait for their turn (queued, or failed and to be tried again).", ["route"],
                  _keyed(seen.queued))
     yield _gauge("queue_urgent_jobs", "Waiting jobs that are urgent.", [], {(): seen.urgent})
@@ -185,8 +194,6 @@ def _plan(plan: Mapping[str, Any]) -> Iterable[Metric]:
 
 
 def _work_s(jobs: Iterable[Mapping[str, Any]]) -> float:
-    from datetime import datetime
-
     return sum((datetime.fromisoformat(job["end"]) - datetime.fromisoformat(job["start"])).total_seconds()
                for job in jobs if job["verdict"] in ("fits", "past-end") and job["start"] and job["end"])
 
@@ -199,7 +206,7 @@ def _delivering(peers: Mapping[str, Deliveries], commitments: Mapping[str, int])
     yield _gauge("delivery_oldest_timestamp_seconds", "When the oldest waiting delivery was entered, by peer.",
                  ["peer"], {(peer,): one.oldest_at for peer, one in peers.items() if one.oldest_at is not None})
     yield _gauge("commitments", "Requests for storage commitment that we made, by state.", ["state"],
-                 _keyed(dict.fromkeys(("asked", "confirmed", "failed", "late"), 0) | dict(commitments)))
+                 _keyed(commitments))
 
 
 def _machine(seen: Now, site: Site) -> Iterable[Metric]:
@@ -233,30 +240,40 @@ def _gpus(found: list[Gpu]) -> Iterable[Metric]:
             yield _gauge(name, text, ["gpu", "model"], values)
 
 
-def _history(history: History) -> Iterable[Metric]:
+def _history(history: History, config: Config) -> Iterable[Metric]:
+    """What can be is there from the start, with 0: the rise of a counter that has just appeared cannot be seen."""
+    routes = [route.name for route in config.route]
+    peers = {peer for route in config.route for peer in route.send_to}
     counts = history.counts
     yield _histogram("job_duration_seconds", "From the start of a job's last run to its result.",
                      ["method", "preset", "device"], history.durations)
-    yield _histogram("job_wait_seconds", "From queued to the first start, windows included.", ["route"], history.waits)
-    yield _counter("job_changes", "Changes of jobs into that state.", ["route", "state"], counts.get("job_changes", {}))
+    yield _histogram("job_wait_seconds", "From queued to the first start, windows included.", ["route"],
+                     {(route,): Spread() for route in routes} | history.waits)
+    yield _counter("job_changes", "Changes of jobs into that state.", ["route", "state"],
+                   _zero(product(routes, JOB_STATES)) | counts.get("job_changes", {}))
     yield _counter("job_failures", "Attempts that failed, by reason code.", ["code"], counts.get("failures", {}))
     yield _counter("holds", "Jobs and series that came to wait for a person, by reason code.", ["what", "code"],
                    counts.get("holds", {}))
     yield _counter("received_series", "Series of which something came, by modality.", ["modality"],
-                   counts.get("series", {}))
+                   _zero([("PT",), ("CT",)]) | counts.get("series", {}))
     yield _counter("refusals", "What was refused: associations (security), objects and other events of reception, by "
                    "reason code.", ["kind", "code"], counts.get("refusals", {}))
     yield _counter("deliveries_finished", "Deliveries that were delivered, committed or given up (dead), by peer.",
-                   ["peer", "state"], counts.get("deliveries", {}))
+                   ["peer", "state"],
+                   _zero(product(peers, ("delivered", "committed", "dead"))) | counts.get("deliveries", {}))
     yield _counter("sent_instances", "Instances of deliveries that are complete, by peer.", ["peer"],
-                   counts.get("sent", {}))
+                   _zero(product(peers)) | counts.get("sent", {}))
     yield _gauge("delivery_success_timestamp_seconds", "When a delivery to that peer last succeeded.", ["peer"],
                  _keyed(history.last))
     yield _counter("purges", "Series (inputs) and jobs (derived series) whose files were removed.", ["what"],
-                   counts.get("purges", {}))
+                   _zero([("series",), ("job",)]) | counts.get("purges", {}))
     yield _counter("node_events", "Starts of the worker process (started) and of its workers (worker-started), workers "
                    "that ended without saying so (worker-gone), repairs of the ledger (repaired).", ["event"],
-                   counts.get("node", {}))
+                   _zero(product(NODE_EVENTS)) | counts.get("node", {}))
+
+
+def _zero(labels: Iterable[Labels]) -> dict[Labels, float]:
+    return dict.fromkeys(labels, 0.0)
 
 
 def _received(received: Mapping[str, Received], known: set[str]) -> Iterable[Metric]:
