@@ -14,16 +14,25 @@ import time
 from functools import partial
 from typing import Any
 
-from pynetdicom import _config, evt
+from pynetdicom import AE, _config, evt
 from pynetdicom.association import Association, ServiceUser
 from pynetdicom.pdu_primitives import P_DATA, MaximumLengthNotification
 
-__all__ = ["keep_answers_for_the_asker", "limit_pdu", "on_connected", "set_nodelay"]
+from sop.uids import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
+
+__all__ = ["keep_answers_for_the_asker", "limit_pdu", "on_connected", "requestor", "set_nodelay"]
 
 ABORT_S = 2.0  # seconds that an A-ABORT may take to go out and be heard
 QUEUED = 32  # PDUs that wait to be sent; whoever sends more waits for the peer
 LARGEST_PDU = 131072  # bytes, to a peer that takes any: a whole object in one PDU would be held in memory
 _config.STORE_SEND_CHUNKED_DATASET = True  # an object that is given as a path goes out in pieces, as it lies
+
+
+def requestor(ae_title: str) -> AE:
+    """The AE that opens associations; it says that the software is ours (PS3.7 D.3.3.2), as the acceptor does."""
+    ae = AE(ae_title)
+    ae.implementation_class_uid, ae.implementation_version_name = IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
+    return ae
 
 
 def set_nodelay(event: evt.Event) -> None:

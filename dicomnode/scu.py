@@ -16,7 +16,7 @@ from pydicom import dcmread
 from pydicom.dataset import Dataset
 from pydicom.errors import InvalidDicomError
 from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
-from pynetdicom import AE, build_context, evt
+from pynetdicom import build_context, evt
 from pynetdicom.association import Association
 from pynetdicom.presentation import PresentationContext
 from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]
@@ -25,8 +25,7 @@ from dicomnode import tls
 from dicomnode.config import Peer
 from dicomnode.errors import PeerUnreachable
 from dicomnode.headers import UNREADABLE
-from dicomnode.requesting import keep_answers_for_the_asker, limit_pdu, on_connected
-from sop.uids import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
+from dicomnode.requesting import keep_answers_for_the_asker, limit_pdu, on_connected, requestor
 
 __all__ = ["Answer", "StoredObject", "echo", "is_success", "is_warning", "leave", "named", "open_association", "send",
            "store"]
@@ -173,8 +172,7 @@ def open_association(
     if peer.port is None:
         raise PeerUnreachable(f"peer {peer.name} has no port. Remedy: set peer.port in the configuration.")
     secure = tls.client_context(peer.node_tls, peer) if peer.tls else None
-    ae = AE(ae_title=calling_ae)
-    ae.implementation_class_uid, ae.implementation_version_name = IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
+    ae = requestor(calling_ae)
     ae.connection_timeout = connect_timeout_s
     ae.acse_timeout = max(connect_timeout_s, 1)
     ae.dimse_timeout = dimse_timeout_s
