@@ -17,7 +17,7 @@ from dicomnode.memo import set_memo
 from dicomnode.retention import require_files
 from dicomnode.states import OTHER_IMAGE
 
-__all__ = ["Done", "cancel", "hold", "release", "retry", "urgent", "urgent_memo"]
+__all__ = ["VERBS", "Done", "cancel", "hold", "possible", "release", "retry", "urgent", "urgent_memo"]
 
 HELD = frozenset({"held"})
 JOB_RETRY = HELD | {"failed", "cancelled"}
@@ -27,6 +27,10 @@ JOB_URGENT = frozenset({"queued", "failed"})
 SERIES_URGENT = frozenset({"receiving", "waiting", "complete"})
 SERIES_HOLD = frozenset({"receiving", "waiting", "complete"})
 SERIES_CANCEL = SERIES_HOLD | HELD
+VERBS = {  # verb -> states of a series and of a job in which it has something to do
+    "release": (HELD, HELD), "retry": (HELD, JOB_RETRY), "urgent": (SERIES_URGENT, JOB_URGENT),
+    "hold": (SERIES_HOLD, JOB_HOLD), "cancel": (SERIES_CANCEL, JOB_CANCEL),
+}
 UNDECIDED = frozenset({"no-route", "operator"})  # ignored by the configuration of the day or by a person, not by rule
 
 
@@ -47,7 +51,7 @@ def retry(ledger: Ledger, target: str, *, now: float, actor: str) -> Done:
     died is not computed again: it goes on sending what is already built.
     Raises NotFound and RefusedInput.
     """
-    row = _one(ledger, target, "retry", HELD, JOB_RETRY, dead_too=True)
+    row = _one(ledger, target, "retry")
     with ledger.transaction():
         if row["series_state"] == "held" or _undecided(row):
             require_files(ledger, [row["series_uid"]])
@@ -71,13 +75,13 @@ def retry(ledger: Ledger, target: str, *, now: float, actor: str) -> Done:
 
 def hold(ledger: Ledger, target: str, *, now: float, actor: str) -> Done:
     """Stop here and wait for a person. Raises NotFound and RefusedInput."""
-    row = _one(ledger, target, "hold", SERIES_HOLD, JOB_HOLD)
+    row = _one(ledger, target, "hold")
     return _stop(ledger, row, JOB_HOLD, "held", "held", now=now, actor=actor)
 
 
 def cancel(ledger: Ledger, target: str, *, now: float, actor: str) -> Done:
     """Give the job up (a series without a job is ignored from now on). Raises NotFound and RefusedInput."""
-    row = _one(ledger, target, "cancel", SERIES_CANCEL, JOB_CANCEL)
+    row = _one(ledger, target, "cancel")
     return _stop(ledger, row, JOB_CANCEL, "cancelled", "ignored", now=now, actor=actor)
 
 
@@ -88,7 +92,7 @@ def release(ledger: Ledger, target: str, *, now: float, actor: str) -> Done:
     conflicting objects stay unused. So is one whose late input was ignored, now with it.
     Raises NotFound and RefusedInput.
     """
-    row = _one(ledger, target, "release", HELD, HELD)
+    row = _one(ledger, target, "release")
     with ledger.transaction() as db:
         if row["series_state"] == "held" or _passed_over(row):
             require_files(ledger, [row["series_uid"]])
@@ -124,7 +128,7 @@ def urgent(ledger: Ledger, target: str, *, now: float, actor: str) -> Done:
     A failed job does not wait for its next attempt. Of a series that has no job yet the wish is kept for its job.
     Raises NotFound and RefusedInput.
     """
-    row = _one(ledger, target, "hurry", SERIES_URGENT, JOB_URGENT)
+    row = _one(ledger, target, "urgent")
     told = {"now": now, "study_uid": row["study_uid"], "series_uid": row["series_uid"], "code": "urgent",
             "actor": actor}
     with ledger.transaction() as db:
@@ -156,26 +160,57 @@ def _stop(ledger: Ledger, row: dict[str, Any], active: Set[str], job_state: str,
     return Done(row["series_uid"], row["job_id"], job_state, f"the job is {job_state}")
 
 
-def _one(ledger: Ledger, target: str, verb: str, series_states: Set[str], job_states: Set[str], *,
-         dead_too: bool = False) -> dict[str, Any]:
-    """The one overview row that `target` names, with its series or its job in one of the states.
+def possible(ledger: Ledger, series_uid: str) -> tuple[str, ...]:
+    """The verbs that would not be refused now for a series and its newest job, in the order of VERBS."""
+    row = next((one for one in ledger.overview(series_uid) if one["series_uid"] == series_uid), None)
+    if row is None:
+        return ()
+    return tuple(verb for verb in VERBS if (_job_fits(ledger, row, verb) or _series_fits(row, verb))
+                 and not _in_vain(ledger, row, verb))
+
+
+def _in_vain(ledger: Ledger, row: dict[str, Any], verb: str) -> bool:
+    """Whether a verb that fits the states is refused all the same: nothing was built, or the files are gone."""
+    if verb not in ("retry", "release"):
+        return False
+    wanted = [row["series_uid"]]
+    if not (row["series_state"] == "held" or _undecided(row) or _passed_over(row)):
+        job = ledger.job(row["job_id"])
+        if job["derived_path"] and (verb == "release" or _dead(ledger, job["id"])):
+            return False
+        if verb == "release":
+            return job["code"] not in ("operator", OTHER_IMAGE)
+        wanted = [uid for uid in (job["series_uid"], job["guide_series_uid"]) if uid]
+    try:
+        require_files(ledger, wanted)
+    except RefusedInput:
+        return True
+    return False
+
+
+def _job_fits(ledger: Ledger, row: dict[str, Any], verb: str) -> bool:
+    """Whether the newest job of an overview row is in a state in which the verb has something to do."""
+    return row["job_id"] is not None and (row["job_state"] in VERBS[verb][1]
+                                          or (verb == "retry" and bool(_dead(ledger, row["job_id"]))))
+
+
+def _series_fits(row: dict[str, Any], verb: str) -> bool:
+    return row["series_state"] in VERBS[verb][0] or (verb == "retry" and _undecided(row)) or (
+        verb == "release" and _passed_over(row))
+
+
+def _one(ledger: Ledger, target: str, verb: str) -> dict[str, Any]:
+    """The one overview row that `target` names, with its series or its job in a state in which the verb does something.
 
     A study named as a whole means its PET, not the CT that came along.
     """
     rows = _named(ledger, target)
 
-    def fits(row: dict[str, Any]) -> bool:
-        has_job = row["job_id"] is not None
-        if has_job and (row["job_state"] in job_states or (dead_too and _dead(ledger, row["job_id"]))):
-            return True
-        wanted = row["series_state"] in series_states or (verb == "retry" and _undecided(row)) or (
-            verb == "release" and _passed_over(row))
-        return wanted and (len(rows) == 1 or row["modality"] == "PT")
-
-    fitting = [row for row in rows if fits(row)]
+    fitting = [row for row in rows if _job_fits(ledger, row, verb)
+               or (_series_fits(row, verb) and (len(rows) == 1 or row["modality"] == "PT"))]
     if not fitting:
         states = "; ".join(f"{_label(row)} is {row['job_state'] or row['series_state']}" for row in rows)
-        raise RefusedInput(f"nothing to {verb}: {states}.")
+        raise RefusedInput(f"nothing to {'hurry' if verb == 'urgent' else verb}: {states}.")
     if len(fitting) > 1:
         raise RefusedInput(f"{target!r} leaves {len(fitting)} choices: {'; '.join(_label(row) for row in fitting)}. "
                            "Remedy: name one of them by its series UID or job number.")
