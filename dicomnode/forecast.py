@@ -249,7 +249,10 @@ SELECT id AS job, method, preset, started_at, coalesce(device, '') AS device, {_
 
 
 def forecast(ledger: Ledger, config: Config, *, now: float) -> dict[str, Any]:
-    """The plan as a JSON value: devices, counts by verdict, the jobs in order of their start, and the measurements."""
+    """The plan as a JSON value: devices, counts by verdict, the jobs in order of their start, and the measurements.
+
+    `running`: when each running job is expected to end; no end where nothing of its kind was measured.
+    """
     durations = Durations(Measured(row["method"], row["preset"], str(row["device"] or "").partition(":")[0],
                                    row["size"], row["seconds"]) for row in reversed(ledger.query(_MEASURED)))
     waiting = [Waiting(**{**dict(row), "urgent": bool(row["urgent"])}) for row in ledger.query(_WAITING)]
@@ -262,8 +265,17 @@ def forecast(ledger: Ledger, config: Config, *, now: float) -> dict[str, Any]:
         "at": timestamp(now),
         "timezone": config.schedule.timezone,
         "devices": devices,
+        "running": [{"job": one.job, **_ends(one, durations)} for one in running],
         "counts": {name: verdicts.count(name) for name in ("fits", "past-end", "not-tonight", "unknown")},
         "jobs": [{"job": one.job, "verdict": one.verdict, "start": timestamp(one.start), "end": timestamp(one.end),
                   "latest": timestamp(one.latest), "text": one.text} for one in found],
         "measured": durations.table(),
     }
+
+
+def _ends(job: Running, durations: Durations) -> dict[str, str | None]:
+    estimate = durations.expect(job.method, job.preset, _kind(job.device, durations), job.size)
+    if estimate is None:
+        return {"end": None, "latest": None}
+    end = job.started_at + estimate.seconds
+    return {"end": timestamp(end), "latest": timestamp(end + estimate.spread_s)}

@@ -31,8 +31,8 @@ def tone(state: str) -> str:
 def duration(seconds: float | None) -> str:
     """Seconds in words, to two places.
 
-    >>> duration(42), duration(600), duration(5700), duration(200000), duration(None)
-    ('42 s', '10 min', '1 h 35 min', '2 d 8 h', '–')
+    >>> duration(42), duration(600), duration(7500), duration(200000), duration(None)
+    ('42 s', '10 min', '2 h 5 min', '2 d 7 h', '–')
     """
     if seconds is None:
         return "–"
