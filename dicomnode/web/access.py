@@ -1,22 +1,45 @@
-"""Who may look and who may act: the holder of a token."""
+"""Who may look and who may act. One of three says who asks:
+
+    Authorization: Bearer TOKEN     programs
+    the cookie of a session         browsers, after the page /login
+    web.user_header                 a reverse proxy that knows its users; believed from web.trusted_proxies alone
+
+A browser sends cookies, and a proxy its header, also with requests that another site's page makes: with these two
+every request that may change something has to show that it comes from our own page (`require_own_page`).
+"""
 
 from __future__ import annotations
 
 import hmac
+import ipaddress
 import os
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
+from urllib.parse import urlsplit
 
-from fastapi import Depends, HTTPException, Request
+from fastapi import Depends, HTTPException, Request, Security
+from fastapi.security import APIKeyCookie, HTTPBearer
+from starlette.concurrency import run_in_threadpool
 
 from dicomnode.config import Config
-from dicomnode.web.site import SiteNow
+from dicomnode.errors import ConfigError
+from dicomnode.secretfiles import read_secret
+from dicomnode.web.refusals import Refusals
+from dicomnode.web.session import Sessions
+from dicomnode.web.site import Site, SiteNow
 
-__all__ = ["TOKEN_FILE", "Operator", "User", "Viewer", "operator_token"]
+__all__ = ["COOKIE", "CSRF_FIELD", "CSRF_HEADER", "TOKEN_FILE", "Door", "Operator", "User", "Viewer", "address_of",
+           "is_https", "operator_token", "require_own_page", "viewer_token"]
 
 TOKEN_FILE = "web.token"  # in data_dir, where web.token_file is not set
+SHORTEST = 16  # characters of a token
+COOKIE = "dicomnode_session"
+CSRF_HEADER, CSRF_FIELD = "X-CSRF-Token", "csrf"
+SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
+FORMS = ("application/x-www-form-urlencoded", "multipart/form-data")
+LONGEST_NAME = 64  # of a user; longer ones are cut
 
 
 @dataclass(frozen=True)
@@ -27,32 +50,188 @@ class User:
     may_act: bool
 
 
+@dataclass(frozen=True)
+class Door:
+    """What it takes to know who asks: app.state.door."""
+
+    sessions: Sessions
+    refusals: Refusals
+
+    @classmethod
+    def of(cls, site: Site) -> Door:
+        """Reads the tokens, and makes the one of the operators at first use. Raises ConfigError, OSError."""
+        web = site.config.web
+        sessions = Sessions(operator_token(site.config), viewer_token(site.config), session_s=web.session_h * 3600,
+                            clock=site.clock)
+        return cls(sessions, Refusals(site.ledger, clock=site.clock))
+
+
+class _Refused(Exception):
+    """Who asks is not known; `code` and `reason` for the history, "" where nothing was tried."""
+
+    def __init__(self, reason: str, *, code: str = "", wrong_token: bool = False) -> None:
+        super().__init__(reason)
+        self.reason, self.code, self.wrong_token = reason, code, wrong_token
+
+
+# --- tokens
+
+
 def operator_token(config: Config) -> str:
-    """The token of those who may act; made where the configuration names no file and there is none yet."""
+    """The token of those who may act; made where the configuration names no file and there is none yet.
+
+    Raises ConfigError where others may read its file or it is too short.
+    """
     path = config.web.token_file or config.node.data_dir / TOKEN_FILE
     if config.web.token_file is None and not path.exists():
         _make(path)
-    return path.read_text(encoding="ascii").strip()
+    return _token(path, "web.token_file")
+
+
+def viewer_token(config: Config) -> str | None:
+    """The token of those who may look; None: there is none. Raises ConfigError."""
+    if config.web.viewer_token_file is None:
+        return None
+    token = _token(config.web.viewer_token_file, "web.viewer_token_file")
+    if token == operator_token(config):
+        raise ConfigError(f"web.viewer_token_file {config.web.viewer_token_file} holds the operators' token: who may "
+                          "look could act. Remedy: write another token into it.")
+    return token
+
+
+def _token(path: Path, what: str) -> str:
+    token = read_secret(path, what=what).strip()
+    if len(token) < SHORTEST or not token.isascii() or any(sign.isspace() for sign in token):
+        raise ConfigError(f"{what} {path} is no token: {SHORTEST} or more ASCII characters without blanks. Remedy: "
+                          "python3 -c 'import secrets; print(secrets.token_urlsafe(32))' makes one.")
+    return token
 
 
 def _make(path: Path) -> None:
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        return  # another process made it just now
     with os.fdopen(handle, "w", encoding="ascii") as file:
         file.write(secrets.token_urlsafe(32) + "\n")
 
 
-def _viewer(request: Request, site: SiteNow) -> User:
+# --- where a request comes from
+
+
+def _trusted(config: Config, address: str) -> bool:
+    try:
+        found = ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    return any(found in ipaddress.ip_network(network, strict=False) for network in config.web.trusted_proxies)
+
+
+def address_of(request: Request, config: Config) -> str:
+    """The address of whoever asks: behind trusted proxies the last one that they did not add themselves."""
+    address = request.client.host if request.client else "unknown"
+    forwarded = ",".join(request.headers.getlist("X-Forwarded-For")).split(",")
+    while _trusted(config, address) and forwarded and forwarded[-1].strip():
+        address = forwarded.pop().strip()[:45]
+    return address
+
+
+def is_https(request: Request, config: Config) -> bool:
+    """Whether the browser came by https, to us or to a trusted proxy."""
+    if request.client and _trusted(config, request.client.host):
+        return request.headers.get("X-Forwarded-Proto", request.url.scheme) == "https"
+    return request.url.scheme == "https"
+
+
+# --- who
+
+
+def _who(request: Request, site: Site, door: Door, address: str) -> tuple[User, str | None]:
+    """The user, and what an unsafe request of theirs has to carry; None: nothing. Raises _Refused."""
     scheme, _, given = request.headers.get("Authorization", "").partition(" ")
-    if scheme.lower() != "bearer" or not hmac.compare_digest(given.encode(), operator_token(site.config).encode()):
-        raise HTTPException(401, "a token is needed", {"WWW-Authenticate": "Bearer"})
-    request.state.user = User("operator", may_act=True)
-    return request.state.user
+    if scheme.lower() == "bearer":
+        may_act = door.sessions.right_of(given.strip())
+        if may_act is None:
+            raise _Refused("the token is wrong", code="wrong-token", wrong_token=True)
+        return User("operator" if may_act else "viewer", may_act), None
+    if cookie := request.cookies.get(COOKIE):
+        session = door.sessions.read(cookie)
+        if session is not None:
+            return User(session.name, session.may_act), door.sessions.csrf(session.id)
+    web = site.config.web
+    if web.user_header and (name := request.headers.get(web.user_header, "").strip()):
+        if request.client is None or not _trusted(site.config, request.client.host):
+            raise _Refused(f"{web.user_header} is believed from trusted_proxies alone", code="user-header")
+        name = "".join(sign if sign.isprintable() else "?" for sign in name)[:LONGEST_NAME]
+        return User(name, not web.operators or name in web.operators), door.sessions.csrf(f"proxy {name}")
+    raise _Refused("who asks is not known: log in, or send a token")
 
 
-def _operator(user: Annotated[User, Depends(_viewer)]) -> User:
-    if not user.may_act:
-        raise HTTPException(403, "this token may look, not act")
+async def _viewer(request: Request, site: SiteNow, _bearer: Annotated[object, Security(HTTPBearer(
+        auto_error=False, description="The token of web.token_file, or of web.viewer_token_file to look only."))],
+        _cookie: Annotated[object, Security(APIKeyCookie(
+            name=COOKIE, auto_error=False, description="The session of a browser that has logged in."))]) -> User:
+    door: Door = request.app.state.door
+    address = address_of(request, site.config)
+    if "Authorization" in request.headers and (wait_s := door.refusals.wait_s(address)):
+        raise HTTPException(429, "too many wrong tokens came from this address. Remedy: wait, then try again",
+                            {"Retry-After": f"{wait_s:.0f}"})
+    try:
+        user, csrf = _who(request, site, door, address)
+    except _Refused as refused:
+        if refused.code:
+            await run_in_threadpool(door.refusals.record, address, refused.code, refused.reason,
+                                    wrong_token=refused.wrong_token)
+        raise HTTPException(401, refused.reason, {"WWW-Authenticate": "Bearer"}) from refused
+    request.state.user, request.state.csrf = user, csrf or ""
+    if csrf is not None and request.method not in SAFE:
+        await require_own_page(request, site, csrf)
     return user
+
+
+async def _operator(request: Request, site: SiteNow, user: Annotated[User, Depends(_viewer)]) -> User:
+    if not user.may_act:
+        reason = f"{user.name} may look, not act"
+        await _refuse(request, site, "look-only", f"{reason}: {request.method} {request.url.path}")
+        raise HTTPException(403, f"{reason}. Remedy: ask someone who may act")
+    return user
+
+
+async def require_own_page(request: Request, site: Site, csrf: str | None) -> None:
+    """Refuse a request that another site's page made: by Sec-Fetch-Site, Origin, and the secret `csrf` (None: not yet).
+
+    Raises HTTPException 403.
+    """
+    wrong = _foreign(request, site.config)
+    if not wrong and csrf is not None:
+        given = request.headers.get(CSRF_HEADER, "")
+        if not given and request.headers.get("Content-Type", "").startswith(FORMS):
+            field = (await request.form()).get(CSRF_FIELD, "")
+            given = field if isinstance(field, str) else ""
+        if not hmac.compare_digest(given.encode(), csrf.encode()):
+            wrong = f"neither the header {CSRF_HEADER} nor the field {CSRF_FIELD} holds the secret of this session"
+    if wrong:
+        await _refuse(request, site, "csrf", f"{wrong}: {request.method} {request.url.path}")
+        raise HTTPException(403, "this does not come from a page of this node, or the page is old. "
+                                 "Remedy: load the page again and repeat it")
+
+
+def _foreign(request: Request, config: Config) -> str:
+    """Why a request cannot come from a page of ours, by what the browser says of it; "": nothing speaks against it.
+
+    Sec-Fetch-Site comes only over https or loopback; Origin is "null" for forms of pages with our Referrer-Policy.
+    """
+    if site := request.headers.get("Sec-Fetch-Site"):
+        return "" if site in ("same-origin", "none") else f"it comes from another site (Sec-Fetch-Site: {site[:20]})"
+    origin = request.headers.get("Origin", "null")
+    if origin == "null" or urlsplit(origin).netloc == request.headers.get("Host", ""):
+        return ""
+    return "" if urlsplit(origin).hostname in config.web.hosts else f"it comes from a page of {origin[:100]}"
+
+
+async def _refuse(request: Request, site: Site, code: str, reason: str) -> None:
+    door: Door = request.app.state.door
+    await run_in_threadpool(door.refusals.record, address_of(request, site.config), code, reason)
 
 
 #: Arguments of a handler: who asks; with Operator, refused unless they may act.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,7 +44,12 @@ class Site:
 def _templates() -> Environment:
     """Everything is escaped; a name that a template does not get is an error, never an empty place."""
     return Environment(loader=FileSystemLoader(FOLDER / "templates"), autoescape=True, undefined=StrictUndefined,
-                       trim_blocks=True, lstrip_blocks=True)
+                       trim_blocks=True, lstrip_blocks=True, auto_reload=False)
+
+
+@cache
+def _version_of(name: str) -> str:
+    return hashlib.sha256((FOLDER / "static" / name).read_bytes()).hexdigest()[:12]
 
 
 def _of_request(request: Request) -> Site:
@@ -58,8 +65,10 @@ def page(request: Request, template: str, *, status_code: int = 200, **values: A
     """A page of `templates/`: its values, and what base.html needs of the request."""
     site = _of_request(request)
     user = getattr(request.state, "user", None)
+    root = site.config.web.root_path
     text = site.templates.get_template(template).render(
         **values, node=site.config.node, version=__version__, user=user, path=request.url.path,
-        words=Words(site.config.schedule.timezone, site.clock()), root=site.config.web.root_path,
+        words=Words(site.config.schedule.timezone, site.clock()), root=root,
+        asset=lambda name: f"{root}/static/{name}?v={_version_of(name)}",
         csrf=getattr(request.state, "csrf", ""))
     return HTMLResponse(text, status_code=status_code)

@@ -45,7 +45,8 @@ def app(node: Furnished) -> Iterator[FastAPI]:
 def client(app: FastAPI) -> TestClient:
     """A program that holds the operators' token."""
     token = operator_token(app.state.site.config)
-    return TestClient(app, headers={"Authorization": f"Bearer {token}"}, follow_redirects=False)
+    return TestClient(app, base_url="http://127.0.0.1", headers={"Authorization": f"Bearer {token}"},
+                      follow_redirects=False)
 
 
 @pytest.fixture(scope="session")

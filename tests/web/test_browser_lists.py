@@ -21,7 +21,7 @@ def test_tonight_opens_in_a_browser(page: Page, served: Served) -> None:
 @pytest.mark.parametrize(("script", "complaint"), [
     ("console.error('broken')", "console: broken"),
     ("setTimeout(() => { throw new Error('torn'); })", "page error: "),
-    ("fetch('http://elsewhere.test/x').catch(() => 0)", "another origin: http://elsewhere.test/x"),
+    ("fetch('http://elsewhere.test/x').catch(() => 0)", "CSP: connect-src refused http://elsewhere.test/x"),
 ])
 def test_no_complaint_of_the_browser_is_overheard(chromium: Browser, served: Served, script: str,
                                                   complaint: str) -> None:
