@@ -104,7 +104,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG of `size` (columns, rows) pixels; `alt` says in words what it shows."""
+    """A PNG of `size` (columns, rows) pixels that bears its title; `alt` says in words what it shows."""
 
     kind: ClassVar[str] = "picture"
     title: str

@@ -1,4 +1,4 @@
-"""A chart as inline SVG and as a PDF drawing, both from one layout: what is drawn where is decided once.
+"""A chart as inline SVG and on a PDF page, both from one layout: what is drawn where is decided once.
 
 SVG colours come from classes of report.css, so that they follow light and dark; "before" is dashed: it can be told from
 "after" without colours too.
@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Literal
 from dicomnode.reporting.blocks import Chart
 
 if TYPE_CHECKING:
-    from reportlab.graphics.shapes import Drawing
+    from reportlab.pdfgen.canvas import Canvas
 
-__all__ = ["HEIGHT", "WIDTH", "drawing", "svg", "ticks"]
+__all__ = ["HEIGHT", "WIDTH", "paint", "svg", "ticks"]
 
-WIDTH, HEIGHT = 340.0, 190.0  # points
-LEFT, RIGHT, TOP, BOTTOM = 44.0, 8.0, 18.0, 32.0
-FONT = 9.0
+WIDTH, HEIGHT = 240.0, 150.0  # points
+LEFT, RIGHT, TOP, BOTTOM = 34.0, 8.0, 17.0, 28.0
+FONT = 8.0
 COLOURS = {"before": "#c13f52", "after": "#1d5ea8", "grid": "#d5dae1", "label": "#566173"}
-DASHES = {"before": (4.0, 2.5)}
+DASHES = {"before": ([4.0, 2.5],)}
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,9 @@ def _layout(chart: Chart) -> tuple[list[_Stroke], list[_Label]]:
     labels.append(_Label(4, FONT + 1, "start", "label", chart.y_label))
     for k, line in enumerate(chart.lines):
         strokes.append(_Stroke(line.role, tuple(at(x, y) for x, y in zip(line.x, line.y, strict=True))))
-        end = WIDTH - RIGHT - 62 * (len(chart.lines) - 1 - k)
-        strokes.append(_Stroke(line.role, ((end - 58, FONT - 2), (end - 38, FONT - 2))))
-        labels.append(_Label(end - 34, FONT + 1, "start", line.role, line.name))
+        end = WIDTH - RIGHT - 54 * (len(chart.lines) - 1 - k)
+        strokes.append(_Stroke(line.role, ((end - 52, FONT - 2), (end - 34, FONT - 2))))
+        labels.append(_Label(end - 30, FONT + 1, "start", line.role, line.name))
     return strokes, labels
 
 
@@ -96,19 +96,20 @@ def svg(chart: Chart) -> str:
     return "".join([*parts, "</svg>"])
 
 
-def drawing(chart: Chart, *, font: str) -> Drawing:
-    """The same for a PDF, in a font that is registered."""
-    from reportlab.graphics.shapes import Drawing, PolyLine, String
-    from reportlab.lib.colors import HexColor
-
+def paint(chart: Chart, canvas: Canvas, *, font: str) -> None:
+    """The same on a PDF canvas, WIDTH by HEIGHT from its origin, in a font that is registered."""
     strokes, labels = _layout(chart)
-    out = Drawing(WIDTH, HEIGHT)
+    canvas.setLineJoin(1)
     for stroke in strokes:
-        flat = [value for x, y in stroke.points for value in (round(x, 1), round(HEIGHT - y, 1))]
-        out.add(PolyLine(flat, strokeColor=HexColor(COLOURS[stroke.role]),
-                         strokeWidth=0.4 if stroke.role == "grid" else 1.3,
-                         strokeDashArray=list(DASHES[stroke.role]) if stroke.role in DASHES else None))
+        canvas.setStrokeColor(COLOURS[stroke.role])
+        canvas.setLineWidth(0.4 if stroke.role == "grid" else 1.3)
+        canvas.setDash(*DASHES.get(stroke.role, ((),)))
+        line = canvas.beginPath()
+        for k, (x, y) in enumerate(stroke.points):
+            (line.lineTo if k else line.moveTo)(round(x, 1), round(HEIGHT - y, 1))
+        canvas.drawPath(line)
+    draw = {"start": canvas.drawString, "middle": canvas.drawCentredString, "end": canvas.drawRightString}
+    canvas.setFont(font, FONT)
     for label in labels:
-        out.add(String(label.x, HEIGHT - label.y, label.text, fontName=font, fontSize=FONT,
-                       fillColor=HexColor(COLOURS[label.role]), textAnchor=label.anchor))
-    return out
+        canvas.setFillColor(COLOURS[label.role])
+        draw[label.anchor](label.x, HEIGHT - label.y, label.text)

@@ -107,7 +107,9 @@ def _processed(series: Json, ledger: Ledger, spool: Spool, times: Times) -> Iter
     newest = series["jobs"][-1]
     row = ledger.job(newest["job"])
     yield Section(f"What was done with {_what(series)}", (_job(newest, row, times), *_earlier(series["jobs"][:-1])))
-    yield from figures.sections(newest, row, spool)
+    heading = " ".join(filter(None, [series["accession_number"], f"job {newest['job']}", newest["method"],
+                                     newest["preset"]]))
+    yield from figures.sections(newest, row, spool, heading)
     yield Section("Delivery", tuple(_deliveries(newest, row, times)))
 
 
@@ -158,9 +160,21 @@ def _deliveries(job: Json, row: Json, times: Times) -> Iterator[Block]:
                         ("Answer", 28)), (_delivery(one, job, times) for one in job["deliveries"]))
     else:
         yield Paragraph("Nothing was sent: there is no derived series that passed its checks.")
+    yield from _companions((job["report"] or {}).get("also") or {})
     if row["purged_at"]:
         yield Paragraph("The derived files, and the pictures with them, were removed from the node on "
                         f"{times.minute(views.timestamp(row['purged_at']))} ([retention]).")
+
+
+def _companions(also: Json) -> Iterator[Block]:
+    """What was made to go out beside the derived series (dicomnode.companions), and what could not be."""
+    if also.get("series"):
+        columns = (("What", 13.0), ("Modality", 10.0), ("Series", 24.0), ("Objects", 9.0), ("UID", 44.0))
+        yield Table.of("What goes with it", columns, (
+                       [one["kind"], one["modality"], f"{one['series_number']} {one['description']}",
+                         number(one["instances"]), uid(one["series_uid"])] for one in also["series"]))
+    for name, why in also.get("left_out", {}).items():
+        yield Paragraph(f"{name}: was wanted and could not be made: {why}. The derived series goes out without it.")
 
 
 def _delivery(one: Json, job: Json, times: Times) -> list[Cell | object]:
@@ -179,7 +193,7 @@ def _all_checks(series: Json) -> Iterator[Section]:
 
 
 def _history(events: Sequence[Json], times: Times) -> Section:
-    columns = (("When", 17.0), ("What", 12.0), ("Change", 20.0), ("Reason", 39.0), ("By", 12.0))
+    columns = (("When", 20.0), ("What", 11.0), ("Change", 20.0), ("Reason", 37.0), ("By", 12.0))
     return Section("History", (Table.of(f"Every change of state, times of {times.zone}", columns, (
         [times.say(event["at"]), _subject(event), _change(event), event["reason"], event["actor"]]
         for event in events)),))

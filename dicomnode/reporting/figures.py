@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+from zipfile import BadZipFile
 
 from pydicom import dcmread
 from pydicom.errors import InvalidDicomError
 
+from dicomnode import looks
 from dicomnode.ledger import Ledger
-from dicomnode.reporting.blocks import Block, Cell, Chart, Facts, Line, Paragraph, Section, Table, mark, number
+from dicomnode.reporting.blocks import Block, Cell, Chart, Facts, Line, Paragraph, Picture, Section, Table, mark, number
 from dicomnode.reporting.words import AXES, GATES, figure, percent
 from dicomnode.spool import Spool
 
@@ -34,44 +36,85 @@ def patient(ledger: Ledger, spool: Spool, study: str) -> str:
     return ""
 
 
-def sections(job: Json, row: Json, spool: Spool) -> Iterator[Section]:
+def sections(job: Json, row: Json, spool: Spool, heading: str) -> Iterator[Section]:
     """The parts about the result of one job; none where it has no report yet.
 
-    job   as of dicomnode.views.show; row: the same job's row of the ledger.
+    job      as of dicomnode.views.show; row: the same job's row of the ledger.
+    heading  stands in the pictures.
     """
     report = job["report"]
     if not report:
         return
     yield Section("Result", tuple(_result(report)), level=3)
-    looks = report.get("looks")
-    if looks:
-        yield Section("Regions of highest uptake", tuple(_regions(looks)), level=3)
-        yield Section("Profiles", tuple(_profiles(looks)), level=3)
+    if job["derived_series"]:
+        yield Section("Pictures", tuple(_pictures(row, spool, heading)), level=3)
+    measures = report.get("looks")
+    if measures:
+        yield Section("Regions of highest uptake", tuple(_regions(measures)), level=3)
+        yield Section("Profiles through them", tuple(_profiles(measures)), level=3)
     yield Section("Safeguards", tuple(_safeguards(report)), level=3)
 
 
+def _pictures(row: Json, spool: Spool, heading: str) -> Iterator[Block]:
+    """What dicomnode.qcpictures draws, but for the regions, which the report has as table and charts."""
+    if not row["derived_path"]:
+        yield Paragraph("The pictures were removed with the derived files ([retention]); the figures below are kept.")
+        return
+    try:
+        seen = looks.load(spool.absolute(row["derived_path"]) / looks.LOOKS_FILE)
+    except FileNotFoundError:
+        yield Paragraph("There are no pictures: the series was built by a version that made none.")
+        return
+    except (ValueError, OSError, BadZipFile) as error:
+        yield Paragraph(f"The pictures cannot be read: {error}. Remedy: `dicomnode repair --dry-run` looks what else "
+                        "is damaged.")
+        return
+    from dicomnode import qcpictures  # loads matplotlib
+
+    for picture in qcpictures.draw(seen, heading):
+        if picture.name != "regions":
+            rows, columns = picture.rgb.shape[:2]
+            yield Picture(picture.title, _alt(picture.name, seen.measures), picture.png(), (columns, rows))
+
+
+def _alt(name: str, measures: Json) -> str:
+    unit = measures["unit"]
+    if name == "mips":
+        return ("Maximum intensity projections before and after, all on the grey scale from 0 "
+                f"to {figure(measures['top'])} {unit}; numbers mark the regions of highest uptake.")
+    if name == "kernel":
+        widths = ", ".join(f"{width:.2f} mm along the {axis}s" for width, axis in zip(
+            measures["kernel"]["fwhm_mm"], AXES, strict=True))
+        return f"The kernel seen along its three axes, and its profiles: full width at half maximum {widths}."
+    told = f"Residual: root mean square {figure(measures['residual_rms'])} {unit}."
+    spread = measures["uncertainty"]
+    return told if spread is None else f"{told} Uncertainty: median {figure(spread['median_percent'])} %."
+
+
 def _result(report: Json) -> Iterator[Block]:
-    metrics, looks = report.get("metrics", {}), report.get("looks") or {}
+    metrics, measures = report.get("metrics", {}), report.get("looks") or {}
     yield Facts.of([
-        ("Kernel FWHM", _kernel(report, looks)),
+        ("Kernel FWHM", _kernel(metrics, measures)),
         ("Known to", _spread(metrics)),
+        ("On the PET's voxels", _three((measures.get("kernel") or {"fwhm_mm": ()})["fwhm_mm"])),
         ("Change of total activity", percent(metrics.get("activity_change"), 3)),
         ("Residual", f"{figure(metrics.get('residual'), '%')} of the maximum, after blurring again"),
-        ("Median uncertainty", _uncertainty(looks)),
+        ("Median uncertainty", _uncertainty(measures)),
         ("Region deblurred", _region(report)),
         ("Settings", _settings(report.get("settings", {}))),
     ])
 
 
-def _kernel(report: Json, looks: Json) -> str:
+def _kernel(metrics: Json, measures: Json) -> str:
     """Along slice, row and column, mm."""
-    metrics, kernel = report.get("metrics", {}), looks.get("kernel") or {}
     widths = [metrics.get(f"kernel_fwhm_{axis}_mm") for axis in "dhw"]
-    if None in widths:
-        widths = list(kernel.get("fwhm_mm") or [])
-    if not widths:
-        return "none: this method has no kernel"
-    return ", ".join(f"{width:.2f} mm {axis}" for width, axis in zip(widths, AXES, strict=True))
+    if any(width is None for width in widths):
+        return "none: this method has no kernel" if measures and measures["kernel"] is None else "not measured"
+    return _three(widths)
+
+
+def _three(widths: Sequence[Any]) -> str:
+    return "" if not widths else ", ".join(f"{width:.2f} mm {axis}" for width, axis in zip(widths, AXES, strict=True))
 
 
 def _spread(metrics: Json) -> str:
@@ -80,8 +123,8 @@ def _spread(metrics: Json) -> str:
                      if spread is not None)
 
 
-def _uncertainty(looks: Json) -> str:
-    median = (looks.get("uncertainty") or {}).get("median_percent")
+def _uncertainty(measures: Json) -> str:
+    median = (measures.get("uncertainty") or {}).get("median_percent")
     return "" if median is None else f"{figure(median)} % (one standard deviation, where there is uptake)"
 
 
@@ -101,17 +144,17 @@ def _plain(value: Any) -> str:
     return str(value)
 
 
-def _regions(looks: Json) -> Iterator[Block]:
+def _regions(measures: Json) -> Iterator[Block]:
     """Before, after and change of the maximum, mean and peak of each region."""
-    unit = looks["unit"]
+    unit = measures["unit"]
     name = "SUV" if unit.startswith("SUV") else ""
-    if not looks["regions"]:
+    if not measures["regions"]:
         yield Paragraph("No region stands out of its surroundings.")
         return
-    columns = [("Region", 8.0), ("Centre x, y, z (mm)", 18.0), ("Volume (mL)", 10.0)]
+    columns = [("Region", 8.5), ("Centre x, y, z (mm)", 14.0), ("Volume (mL)", 8.5)]
     for kind in ("max", "mean", "peak"):
-        columns += [(f"{name}{kind} before", 11.0), ("after", 9.0), ("change", 10.0)]
-    yield Table.of(f"Uptake in {unit}", columns, (_one_region(one) for one in looks["regions"]))
+        columns += [(f"{name}{kind} before", 10.0), ("after", 8.0), ("change", 11.5)]
+    yield Table.of(f"Uptake in {unit}", columns, (_one_region(one) for one in measures["regions"]))
 
 
 def _one_region(one: Json) -> Iterator[Cell]:
@@ -125,17 +168,17 @@ def _one_region(one: Json) -> Iterator[Cell]:
         yield number(percent(after / before - 1.0 if before and after is not None else None))
 
 
-def _profiles(looks: Json) -> Iterator[Block]:
-    unit = looks["unit"]
-    for one in looks["profiles"]:
-        title = f"Profile {one['label']}, {one['axis']}"
+def _profiles(measures: Json) -> Iterator[Block]:
+    unit = measures["unit"]
+    for one in measures["profiles"]:
+        title = one["label"]
         tops = max(one["before"]), max(one["after"])
         yield Chart(
             title, f"{title}: the highest value is {figure(tops[0])} {unit} before and {figure(tops[1])} {unit} after",
-            "mm", unit,
+            "mm from the centre", unit,
             (Line("before", "before", tuple(one["before_mm"]), tuple(one["before"])),
              Line("after", "after", tuple(one["after_mm"]), tuple(one["after"]))))
-    if not looks["profiles"]:
+    if not measures["profiles"]:
         yield Paragraph("No profile: there is no region to draw a line through.")
 
 

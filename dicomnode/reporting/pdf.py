@@ -151,10 +151,10 @@ def _sections(sections: Sequence[Section]) -> Iterator[Flowable]:
             if isinstance(block, Chart):
                 small.append(block)
                 continue
-            yield from _two_abreast(small)
+            yield from _three_abreast(small)
             small = []
             yield from _block(block)
-        yield from _two_abreast(small)
+        yield from _three_abreast(small)
 
 
 def _block(block: blocks.Block) -> Iterator[Flowable]:
@@ -203,24 +203,33 @@ def _cell(cell: Cell) -> Text:
 def _picture(picture: Picture) -> Flowable:
     columns, rows = picture.size
     scale = min(WIDTH / columns, (HEIGHT - 30 * mm) / rows, 0.6)
-    return KeepTogether([Image(BytesIO(picture.png), columns * scale, rows * scale, hAlign="LEFT"), Spacer(0, 2),
-                         _text(picture.title, "legend"), Spacer(0, 6)])
+    return KeepTogether([Image(BytesIO(picture.png), columns * scale, rows * scale, hAlign="LEFT"), Spacer(0, 8)])
 
 
-def _two_abreast(some: Sequence[Chart]) -> Iterator[Flowable]:
-    scale = (WIDTH / 2 - 8) / charts.WIDTH
-    for k in range(0, len(some), 2):
+def _three_abreast(some: Sequence[Chart]) -> Iterator[Flowable]:
+    scale = (WIDTH / 3 - 6) / charts.WIDTH
+    for k in range(0, len(some), 3):
         drawn = []
-        for chart in some[k:k + 2]:
-            drawing = charts.drawing(chart, font=SANS)
-            drawing.width, drawing.height = charts.WIDTH * scale, charts.HEIGHT * scale
-            drawing.transform = (scale, 0, 0, scale, 0, 0)
-            drawn.append([drawing, _text(chart.title, "legend")])
-        yield Grid([[*drawn, *[Spacer(0, 0)] * (2 - len(drawn))]], colWidths=[WIDTH / 2] * 2, spaceAfter=4,
+        for chart in some[k:k + 3]:
+            drawn.append([_Painted(chart, scale), _text(chart.title, "legend")])
+        yield Grid([[*drawn, *[Spacer(0, 0)] * (3 - len(drawn))]], colWidths=[WIDTH / 3] * 3, spaceAfter=4,
                    style=[OURS, ("LEFTPADDING", (0, 0), (-1, -1), 0), ("VALIGN", (0, 0), (-1, -1), "TOP")])
 
 
 # --- pages
+
+
+class _Painted(Flowable):
+    """A chart at some scale."""
+
+    def __init__(self, chart: Chart, scale: float) -> None:
+        super().__init__()
+        self._chart, self._scale = chart, scale
+        self.width, self.height = charts.WIDTH * scale, charts.HEIGHT * scale
+
+    def draw(self) -> None:
+        self.canv.scale(self._scale, self._scale)
+        charts.paint(self._chart, self.canv, font=SANS)
 
 
 class _Heading(Text):

@@ -48,22 +48,22 @@ class Times:
 
 
 def figure(value: Any, unit: str = "") -> str:
-    """Four digits and the unit; a share as per cent; "–" for what could not be measured.
+    """Four digits, at most four decimals, and the unit; a share as per cent; "–" for what was not measured.
 
-    >>> figure(0.00215, "%"), figure(6.1137, "mm"), figure(1.26e-10, "%"), figure(None), figure(12345.6)
-    ('0.215 %', '6.114 mm', '0 %', '–', '12346')
+    >>> figure(0.00215, "%"), figure(6.1137, "mm"), figure(1.26e-10, "%"), figure(0.0), figure(None), figure(12345.6)
+    ('0.215 %', '6.114 mm', '< 0.0001 %', '0', '–', '12346')
     """
     if value is None:
         return "–"
     if isinstance(value, str | bool):
         return str(value)
     number = float(value) * (100.0 if unit == "%" else 1.0)
-    if abs(number) < 5e-5:
-        text = "0"
+    if 0 < abs(number) < 5e-5:
+        text = "< 0.0001"
     elif abs(number) >= 1000:
         text = f"{number:.0f}"
     else:
-        text = f"{number:.4g}"
+        text = f"{number:.4g}" if abs(number) >= 0.001 or not number else f"{number:.4f}"
     return f"{text} {unit}".rstrip()
 
 

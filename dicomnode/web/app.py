@@ -12,7 +12,7 @@ from starlette.types import Scope
 
 from dicomnode import __version__
 from dicomnode.config import Config
-from dicomnode.web import login, metrics, overview, problems
+from dicomnode.web import alerts, login, metrics, nights, overview, peers, problems, reports, studies
 from dicomnode.web.access import Door
 from dicomnode.web.security import Gate
 from dicomnode.web.site import FOLDER, Site
@@ -22,7 +22,7 @@ __all__ = ["create"]
 YEAR_S = 365 * 86400
 
 #: Every part of the site; each module has one `router`.
-PARTS = (login, overview, metrics)
+PARTS = (login, overview, studies, nights, alerts, peers, metrics, reports)
 
 
 def create(config: Config, *, clock: Callable[[], float] = time.time) -> FastAPI:
