@@ -7,8 +7,9 @@ All values are in display units: SUVbw where the headers lead to it; else kBq/mL
 ("counts"). Why there is no SUV stands in measures["unit_note"].
 
 The grey scale ("top") is shared by before and after: the 99th percentile of the body in the source's coronal MIP
-(pixels above half of its mean), in SUV within 5 to 15, and no more than the highest value of the two; rounded up to 1,
-1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8 or 10 times a power of ten. So bladder and kidneys saturate rather than darken all else.
+(pixels above half of its mean). Where the field is longer than 400 mm, kidneys and bladder may be in it: then at most
+three times the 90th percentile, and at most SUV 15, so that they saturate rather than pale all else. At least SUV 5; no
+more than the highest value of the two; rounded up to 1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8 or 10 times a power of ten.
 
 Pictures are kept in whole steps of a thousandth of `top` (coarser where a value lies above 65 times of it), which is
 below what a screen shows, and take a few MB. Making them loads scipy and, for the residual of a method with a kernel,
@@ -39,7 +40,8 @@ __all__ = ["LOOKS_FILE", "Looks", "extent", "load", "make", "save", "shared_top"
 LOOKS_FILE = "looks.npz"
 VIEWS = 24
 STEPS = 1000  # steps of a stored picture up to the top of the grey scale
-SUV_TOP = (5.0, 15.0)
+SUV_TOP = (5.0, 15.0)  # least; most in a long field
+LONG_MM = 400.0
 NEAT = (1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0)
 AIR = 0.01  # of the top: what nowhere along the body reaches it is left out of the turning projection
 SHOWN = 0.05  # of the top: relative uncertainty is told of pixels above it
@@ -82,7 +84,8 @@ def make(source: Volume, result: Deconvolution, info: SeriesInfo) -> Looks:
     scaled = {name: {plane: image * np.float32(factor) for plane, image in planes.items()}
               for name, planes in mips.items()}
     highest = max(float(planes["coronal"].max()) for planes in scaled.values())
-    top = shared_top(scaled["before"]["coronal"], highest, unit)
+    length_mm = before.array.shape[0] * before.spacing[0]
+    top = shared_top(scaled["before"]["coronal"], highest, unit=unit, length_mm=length_mm)
     arrays = {f"{name}.{plane}": image for name, planes in scaled.items() for plane, image in planes.items()}
     rotation = _rotation(before, after, factor, top, arrays)
     off = _residual(source, result)
@@ -123,15 +126,19 @@ def _unit(info: SeriesInfo) -> tuple[str, float, str]:
     return inner or info.unit, 1.0, factors.bw.reason
 
 
-def shared_top(coronal: Image, highest: float, unit: str) -> float:
-    """Upper end of the grey scale, for the source's coronal MIP and the highest value of both images (see above)."""
+def shared_top(coronal: Image, highest: float, *, unit: str, length_mm: float) -> float:
+    """Upper end of the grey scale by the rule above.
+
+    coronal  the source's MIP;  highest  value of both images;  length_mm  of the field, from head to foot.
+    """
     if highest <= 0:
         return 1.0
-    body = coronal[coronal > coronal.mean(dtype=np.float64) / 2]
-    wanted = float(np.percentile(body, 99)) if body.size and coronal.max() > 0 else highest
-    if unit.startswith("SUV"):
-        wanted = min(max(wanted, SUV_TOP[0]), SUV_TOP[1])
-    wanted = min(wanted, highest)
+    body = coronal[coronal > max(0.0, float(coronal.mean(dtype=np.float64)) / 2)]
+    wanted = float(np.percentile(body, 99)) if body.size else highest
+    if length_mm > LONG_MM and body.size:
+        wanted = min(wanted, 3 * float(np.percentile(body, 90)))
+        wanted = min(wanted, SUV_TOP[1]) if unit.startswith("SUV") else wanted
+    wanted = min(max(wanted, SUV_TOP[0]) if unit.startswith("SUV") else wanted, highest)
     power = 10.0 ** math.floor(math.log10(wanted))
     neat = next(step for step in NEAT if step * power >= wanted * (1 - 1e-6))
     return float(f"{neat * power:.6g}")
@@ -230,7 +237,8 @@ def _uncertainty(result: Deconvolution, after: Upright, arrays: dict[str, Image]
 # --- where a picture lies
 
 
-def extent(measures: Mapping[str, Any], name: str, plane: str, shape: tuple[int, int]) -> tuple[float, ...]:
+def extent(measures: Mapping[str, Any], name: str, plane: str,
+           shape: tuple[int, int]) -> tuple[float, float, float, float]:
     """LPS mm of the outer edges of a "before" or "after" picture of `shape` (rows, columns): left, right, bottom, top.
 
     Across lies x (sagittal: y), downwards z (axial: y). A residual lies as "before", an uncertainty as "after".

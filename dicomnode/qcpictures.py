@@ -20,6 +20,7 @@ matplotlib.use("Agg")
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 from PIL import Image as PngImage
 
@@ -125,20 +126,101 @@ class _View:
         return abs(self.seen[3] - self.seen[2])
 
 
-def _views(looks: Looks) -> list[_View]:
-    """Coronal and sagittal without the air around, both over the same part of the head-foot axis."""
-    return [_View(plane, _seen(looks, plane)) for plane in ("coronal", "sagittal")]
+@dataclass(frozen=True)
+class _Place:
+    """A panel: what it shows, pixels from the left and from the start of the sheet, and what belongs to it.
+
+    upright  it tells the mm of its own vertical axis;  bar  a colour bar stands to its right.
+    """
+
+    name: str
+    view: _View
+    left: float
+    top: float
+    width: float
+    height: float
+    upright: bool
+    bar: bool
+
+
+Pair = tuple[tuple[str, _View], tuple[str, _View]]
+
+
+def _two_views(looks: Looks) -> tuple[bool, _View, _View]:
+    """A tall field is seen from the front and from the side, a flat one, such as a phantom's, from above and the front.
+
+    Returns (whether it is tall, first view, second view).
+    """
+    front, above = _View("coronal", _seen(looks, "coronal")), _View("axial", _seen(looks, "axial"))
+    if front.height_mm > front.width_mm:
+        return True, front, _View("sagittal", _seen(looks, "sagittal"))
+    return False, above, front
+
+
+def _placed(pairs: Sequence[Pair], *, one_row: bool, bar_each: bool) -> list[_Place]:
+    """Pairs of panels side by side, or one below the other, all at one scale; a bar behind each pair or each row."""
+    rows = [list(pairs)] if one_row else [[pair] for pair in pairs]
+    scale = min(min((WIDTH - 2 * EDGE - _gaps(row, bar_each)) / sum(view.width_mm for pair in row for _, view in pair)
+                    for row in rows),
+                (1000 if one_row else 620) / max(view.height_mm for pair in pairs for _, view in pair))
+    places: list[_Place] = []
+    top = 44.0
+    for row in rows:
+        wide = _gaps(row, bar_each) + scale * sum(view.width_mm for pair in row for _, view in pair)
+        left = (WIDTH - wide) / 2
+        for number, pair in enumerate(row):
+            left += AXIS_GAP if number == 0 else 0
+            for place, (name, view) in enumerate(pair):
+                own = (place == 1 and not _alike(pair)) or (place == 0 and number == 0)
+                left += (PANEL_GAP if _alike(pair) else AXIS_GAP) if place else 0
+                bar = place == 1 and (bar_each or number == len(row) - 1)
+                places.append(_Place(name, view, left, top, scale * view.width_mm, scale * view.height_mm, own, bar))
+                left += scale * view.width_mm
+            left += BAR_GAP if bar_each else PAIR_GAP
+        top = max(place.top + place.height for place in places) + ROW_GAP
+    return places
+
+
+AXIS_GAP, PANEL_GAP, PAIR_GAP, BAR_GAP = 84, 20, 36, 130
+
+
+def _alike(pair: Pair) -> bool:
+    """Whether both have the same vertical axis."""
+    return (pair[0][1].plane == "axial") == (pair[1][1].plane == "axial")
+
+
+def _gaps(row: Sequence[Pair], bar_each: bool) -> float:
+    """What lies between and beside the panels of a row."""
+    inner = sum(PANEL_GAP if _alike(pair) else AXIS_GAP for pair in row)
+    return AXIS_GAP + inner + (len(row) - 1) * (BAR_GAP if bar_each else PAIR_GAP) + BAR_GAP
+
+
+ROW_GAP = 116  # below a panel: its axis, and the title of the next
+
+
+def _bottom(places: Sequence[_Place]) -> float:
+    return max(place.top + place.height for place in places) + 72
 
 
 def _seen(looks: Looks, plane: str, margin_mm: float = 12.0) -> tuple[float, float, float, float]:
+    """What a picture of the plane shows: all from head to foot, without the air around."""
     image = looks.arrays[f"before.{plane}"]
     left, right, bottom, top = extent(looks.measures, "before", plane, _shape(image))
-    columns = np.flatnonzero(image.max(axis=0) > AIR * looks.measures["top"])
-    if not len(columns):
-        return left, right, bottom, top
-    step = (right - left) / image.shape[1]
-    first, last = left + columns[0] * step, left + (columns[-1] + 1) * step
-    return max(left, first - margin_mm), min(right, last + margin_mm), bottom, top
+    left, right = _without_air(image.max(axis=0) > AIR * looks.measures["top"], left, right, margin_mm)
+    if plane == "axial":
+        top, bottom = _without_air(image.max(axis=1) > AIR * looks.measures["top"], top, bottom, margin_mm)
+    return left, right, bottom, top
+
+
+def _without_air(body: NDArray[np.bool_], start: float, end: float, margin_mm: float) -> tuple[float, float]:
+    """The part of the line from start to end mm, one step for each element, that holds all of the body."""
+    inside = np.flatnonzero(body)
+    if not len(inside):
+        return start, end
+    step = (end - start) / len(body)
+    margin = int(np.ceil(margin_mm / abs(step)))
+    return (start + step * max(0, int(inside[0]) - margin),
+            start + step * min(len(body), int(inside[-1]) + 1 + margin))
 
 
 def _shape(image: Picture) -> tuple[int, int]:
@@ -146,85 +228,80 @@ def _shape(image: Picture) -> tuple[int, int]:
     return rows, columns
 
 
-def _row(views: Sequence[_View], *, most: int, gap: int = 84, right: int = 130) -> tuple[float, float, list[float]]:
-    """(pixels per mm, height in pixels, left edges) of panels side by side at one scale."""
-    room = WIDTH - EDGE - gap * len(views) - right
-    scale = min(room / sum(view.width_mm for view in views), most / max(view.height_mm for view in views))
-    left, edges = float(EDGE + gap), []
-    spare = (room - scale * sum(view.width_mm for view in views)) / len(views)
-    for view in views:
-        edges.append(left + spare / 2)
-        left += scale * view.width_mm + gap + spare
-    return scale, scale * max(view.height_mm for view in views), edges
-
-
-def _show(panel: Axes, looks: Looks, name: str, view: _View, **options: Any) -> Any:
-    """The picture `name` of the view in a panel, in mm."""
-    image = looks.arrays[f"{name}.{view.plane}"]
-    grid = "after" if name in ("after", "uncertainty") else "before"
-    left, right, bottom, top = extent(looks.measures, grid, view.plane, _shape(image))
-    shown = panel.imshow(image, extent=(left, right, bottom, top), interpolation="nearest", aspect="auto", **options)
+def _show(sheet: _Sheet, looks: Looks, place: _Place, **options: Any) -> tuple[Axes, Any]:
+    """The picture in its panel, in mm; (panel, image)."""
+    view = place.view
+    panel = sheet.panel(place.left, sheet.start + place.top, place.width, place.height)
+    picture = looks.arrays[f"{place.name}.{view.plane}"]
+    if place.name == "uncertainty":  # nothing is told of what is dark
+        picture = np.where(picture > 0, picture, np.float32(np.nan))
+    grid = "after" if place.name in ("after", "uncertainty") else "before"
+    where = extent(looks.measures, grid, view.plane, _shape(picture))
+    image = panel.imshow(picture, extent=where, interpolation="nearest", aspect="auto", **options)
     panel.set_xlim(view.seen[0], view.seen[1])
     panel.set_ylim(view.seen[2], view.seen[3])
-    panel.set_xlabel("x, mm (right – left)" if view.plane == "coronal" else "y, mm (front – back)", fontsize=SMALL,
+    panel.set_xlabel("y, mm (front – back)" if view.plane == "sagittal" else "x, mm (right – left)", fontsize=SMALL,
                      color=QUIET)
-    panel.locator_params(axis="x", nbins=4)
-    return shown
+    panel.locator_params(axis="x", nbins=5)
+    panel.tick_params(axis="y", labelleft=place.upright)
+    if place.upright:
+        panel.set_ylabel("y, mm (back – front)" if view.plane == "axial" else "z, mm (foot – head)", fontsize=SMALL,
+                         color=QUIET)
+    panel.set_title(f"{place.name.capitalize()}, {view.plane}", fontsize=HEAD, color=INK, fontweight="bold", pad=10)
+    return panel, image
+
+
+def _bar(sheet: _Sheet, place: _Place, image: Any, label: str, extend: str) -> None:
+    """The scale, to the right of a panel."""
+    sheet.bar(image, place.left + place.width + 24, sheet.start + place.top, min(place.height, 420), label,
+              extend=extend)
 
 
 def _mips(looks: Looks, heading: str) -> QcPicture:
-    measures = looks.measures
-    coronal, sagittal = _views(looks)
-    shown = [("before", coronal), ("after", coronal), ("before", sagittal), ("after", sagittal)]
-    scale, height, edges = _row([view for _, view in shown], most=1000)
+    top, unit = looks.measures["top"], looks.measures["unit"]
+    one_row, *views = _two_views(looks)
+    places = _placed([(("before", view), ("after", view)) for view in views], one_row=one_row, bar_each=False)
     title = "Maximum intensity projections, before and after, at one scale"
-    sheet = _Sheet(title, heading, round(height) + 150)
-    for (name, view), left in zip(shown, edges, strict=True):
-        panel = sheet.panel(left, sheet.start + 62, scale * view.width_mm, height)
-        image = _show(panel, looks, name, view, cmap="gray_r", vmin=0, vmax=measures["top"])
-        panel.set_title(f"{'Before' if name == 'before' else 'After'}, {view.plane}", fontsize=HEAD, color=INK,
-                        fontweight="bold", pad=10)
-        if left == edges[0]:
-            panel.set_ylabel("z, mm (foot – head)", fontsize=SMALL, color=QUIET)
-        _mark(panel, measures["regions"], view)
-    over = any(looks.arrays[f"{name}.coronal"].max() > measures["top"] for name in ("before", "after"))
-    sheet.bar(image, WIDTH - EDGE - 84, sheet.start + 62, min(height, 420), measures["unit"],
-              extend="max" if over else "neither")
+    sheet = _Sheet(title, heading, round(_bottom(places)))
+    over = any(looks.arrays[f"{name}.coronal"].max() > top for name in ("before", "after"))
+    for place in places:
+        panel, image = _show(sheet, looks, place, cmap="gray_r", vmin=0, vmax=top)
+        if place.view.plane == places[0].view.plane:
+            _mark(panel, looks.measures["regions"], place.view)
+        if place.bar:
+            _bar(sheet, place, image, unit, "max" if over else "neither")
     return sheet.picture("mips", title)
 
 
 def _mark(panel: Axes, regions: Sequence[Mapping[str, Any]], view: _View) -> None:
-    """The number of each region beside it."""
+    """The number of each region beside it, on a white rim that keeps it legible on what is dark."""
+    rim = [withStroke(linewidth=3, foreground="white")]
+    low, high = sorted(view.seen[2:])
+    edge = view.height_mm / 60
     for region in regions:
         x, y, z = region["centre_mm"]
-        across = x if view.plane == "coronal" else y
-        panel.annotate(region["label"], (across, z), xytext=(13, 0), textcoords="offset points", fontsize=SMALL,
-                       color=MARK, fontweight="bold", va="center",
-                       arrowprops={"arrowstyle": "-", "color": MARK, "lw": 0.9, "shrinkA": 0, "shrinkB": 4})
+        down = min(max(y if view.plane == "axial" else z, low + edge), high - edge)
+        panel.annotate(region["label"], (x, down), xytext=(11, 0),
+                       textcoords="offset points", fontsize=SMALL, color=MARK, fontweight="bold", va="center",
+                       path_effects=rim)
 
 
 def _residual(looks: Looks, heading: str) -> QcPicture:
-    measures = looks.measures
-    coronal, sagittal = _views(looks)
     told = "uncertainty.coronal" in looks.arrays
-    shown = [("residual", coronal), ("residual", sagittal)]
-    shown += [("uncertainty", coronal), ("uncertainty", sagittal)] if told else []
-    scale, height, edges = _row([view for _, view in shown], most=1000, gap=96, right=230 if told else 130)
+    one_row, first, second = _two_views(looks)
+    names = ("residual", "uncertainty") if told else ("residual",)
+    places = _placed([((name, first), (name, second)) for name in names], one_row=one_row, bar_each=True)
     title = "Residual and uncertainty" if told else "Residual"
-    sheet = _Sheet(title, heading, round(height) + 200)
+    words = _residual_words(looks.measures)
+    sheet = _Sheet(title, heading, round(_bottom(places)) + 24 * len(words) + 10)
     limits = _limits(looks)
-    for number, ((name, view), left) in enumerate(zip(shown, edges, strict=True)):
-        left += 110 if number > 1 else 0
-        panel = sheet.panel(left, sheet.start + 62, scale * view.width_mm, height)
-        image = _show(panel, looks, name, view, **limits[name])
-        panel.set_title(f"{name.capitalize()}, {view.plane}", fontsize=HEAD, color=INK, fontweight="bold", pad=10)
-        if number == 0:
-            panel.set_ylabel("z, mm (foot – head)", fontsize=SMALL, color=QUIET)
-        if number % 2:
-            label = f"source minus model, {measures['unit']}" if name == "residual" else "standard deviation, %"
-            sheet.bar(image, left + scale * view.width_mm + 20, sheet.start + 62, min(height, 420), label,
-                      extend="both" if name == "residual" else "max")
-    sheet.write(EDGE, sheet.height - 100, _residual_words(measures), colour=QUIET)
+    for place in places:
+        _, image = _show(sheet, looks, place, **limits[place.name])
+        if place.bar:
+            signed = place.name == "residual"
+            _bar(sheet, place, image, looks.measures["unit"] if signed else "%", "both" if signed else "max")
+    for number, line in enumerate(words):
+        sheet.write(EDGE, sheet.start + _bottom(places) + 8 + 24 * number, line, colour=QUIET)
     return sheet.picture("residual", title)
 
 
@@ -235,11 +312,13 @@ def _limits(looks: Looks) -> dict[str, dict[str, Any]]:
             "uncertainty": {"cmap": "magma_r", "vmin": 0, "vmax": 50}}
 
 
-def _residual_words(measures: Mapping[str, Any]) -> str:
-    words = (f"Source minus {measures['residual_of']}; the value farthest from zero along each ray. "
-             f"Root mean square {measures['residual_rms']:.3g} {measures['unit']}.")
+def _residual_words(measures: Mapping[str, Any]) -> list[str]:
+    words = [f"Residual: source minus {measures['residual_of']}, the value farthest from zero along each ray; root "
+             f"mean square {measures['residual_rms']:.3g} {measures['unit']}.",
+             "Noise is to be expected; the outline of an organ or lesion is what the kernel does not explain."]
     if measures["uncertainty"]:
-        words += f" Median uncertainty {measures['uncertainty']['median_percent']:.0f} % of what the MIP shows."
+        words.append("Uncertainty: standard deviation of the voxel that the MIP shows, in percent of it, where bright; median "
+                     f"{measures['uncertainty']['median_percent']:.0f} %.")
     return words
 
 
@@ -248,34 +327,37 @@ def _residual_words(measures: Mapping[str, Any]) -> str:
 
 def _kernel(looks: Looks, heading: str) -> QcPicture:
     kernel = looks.measures["kernel"]
-    title = "Kernel: the blur that was estimated"
-    sheet = _Sheet(title, heading, 860)
+    title = "Kernel: the blur that was taken out"
+    sheet = _Sheet(title, heading, 830)
     names = ("slices", "rows", "columns")
+    reach = max(len(line) * step / 2 for line, step in zip(kernel["lines"], kernel["spacing_mm"], strict=True))
     for axis in range(3):
         down, across = (other for other in range(3) if other != axis)
         projection = looks.arrays[f"kernel.{'dhw'[axis]}"]
         half = [n * kernel["spacing_mm"][other] / 2 for n, other in zip(projection.shape, (down, across), strict=True)]
-        side = 300 / max(half)
         left = EDGE + 90 + axis * 440
-        panel = sheet.panel(left, sheet.start + 56, side * half[1], side * half[0])
+        panel = sheet.panel(left, sheet.start + 44, 320, 320)
         panel.imshow(projection, cmap="gray_r", interpolation="nearest", aspect="auto", vmin=0,
                      extent=(-half[1], half[1], half[0], -half[0]))
-        panel.set_title(f"Seen along the {names[axis]}", fontsize=HEAD, color=INK, fontweight="bold", pad=10)
+        panel.set(xlim=(-reach, reach), ylim=(reach, -reach))
+        panel.set_title(f"Summed along the {names[axis]}", fontsize=HEAD, color=INK, fontweight="bold", pad=10)
         panel.set_xlabel(f"mm along the {names[across]}", fontsize=SMALL, color=QUIET)
         panel.set_ylabel(f"mm along the {names[down]}", fontsize=SMALL, color=QUIET)
-        _kernel_line(sheet.panel(left, sheet.start + 490, 300, 290), kernel, axis, names[axis])
+        _kernel_line(sheet.panel(left, sheet.start + 486, 320, 280), kernel, axis, names[axis], reach)
     return sheet.picture("kernel", title)
 
 
-def _kernel_line(panel: Axes, kernel: Mapping[str, Any], axis: int, name: str) -> None:
+def _kernel_line(panel: Axes, kernel: Mapping[str, Any], axis: int, name: str, reach: float) -> None:
     """The values through the maximum, and the width at half of it."""
     line, step, width = kernel["lines"][axis], kernel["spacing_mm"][axis], kernel["fwhm_mm"][axis]
     mm = (np.arange(len(line)) - len(line) // 2) * step
     panel.plot(mm, line, "o-", color=AFTER, lw=2, ms=5)
-    panel.axhline(max(line) / 2, color=LINE, lw=1.2, zorder=0)
-    panel.set_ylim(0, max(line) * 1.08)
+    panel.axhline(max(line) / 2, color=QUIET, lw=1.2, ls="--", zorder=0)
+    panel.set(xlim=(-reach, reach), ylim=(0, max(line) * 1.08))
     panel.set_title(f"FWHM {width:.2f} mm", fontsize=HEAD, color=INK, fontweight="bold", pad=8)
     panel.set_xlabel(f"mm along the {name}", fontsize=SMALL, color=QUIET)
+    if axis == 0:
+        panel.set_ylabel("share of the activity", fontsize=SMALL, color=QUIET)
     panel.spines[["top", "right"]].set_visible(False)
 
 
@@ -285,7 +367,7 @@ def _kernel_line(panel: Axes, kernel: Mapping[str, Any], axis: int, name: str) -
 def _regions(looks: Looks, heading: str) -> QcPicture:
     measures = looks.measures
     rows = list(dict.fromkeys(profile["region"] for profile in measures["profiles"]))
-    table = 92 + 34 * len(measures["regions"])
+    table = 140 + 34 * len(measures["regions"])
     title = "Largest uptakes: the same regions before and after"
     sheet = _Sheet(title, heading, table + 290 * len(rows) + 40)
     _table(sheet, measures)
@@ -293,12 +375,12 @@ def _regions(looks: Looks, heading: str) -> QcPicture:
         lines = [profile for profile in measures["profiles"] if profile["region"] == label]
         for place, profile in enumerate(lines):
             panel = sheet.panel(EDGE + 70 + place * 445, sheet.start + table + 42 + 290 * number, 370, 190)
-            _profile(panel, profile, measures["unit"], legend=number == 0 and place == 0)
+            _profile(panel, profile, measures["unit"])
     return sheet.picture("regions", title)
 
 
-COLUMNS = (("region", 0), ("volume, mL", 110), ("from, %", 240), ("x, y, z, mm", 350), ("max", 620), ("peak", 870),
-           ("mean", 1120))
+COLUMNS = (("region", 0), ("volume, mL", 110), ("threshold", 245), ("centre, mm (LPS)", 370), ("max", 620),
+           ("peak", 870), ("mean", 1120))
 
 
 def _table(sheet: _Sheet, measures: Mapping[str, Any]) -> None:
@@ -310,10 +392,15 @@ def _table(sheet: _Sheet, measures: Mapping[str, Any]) -> None:
         y = top + 34 * number
         centre = ", ".join(f"{value:.0f}" for value in region["centre_mm"])
         for (_, place), text in zip(COLUMNS, (region["label"], f"{region['volume_ml']:.2f}",
-                                              f"{100 * region['threshold']:.0f}", centre)):
+                                              f"{100 * region['threshold']:.0f} %", centre)):
             sheet.write(EDGE + place, y, text)
         for key, place in COLUMNS[4:]:
             sheet.write(EDGE + place, y, _change(region["before"][key], region["after"][key]))
+    y = top + 34 * (len(measures["regions"]) + 1) + 8
+    sheet.write(EDGE, y, "A region: source voxels above the threshold, a share of its maximum. Peak: highest mean in a "
+                "sphere of 1 mL.", colour=QUIET)
+    for name, colour, place in (("before", BEFORE, 1140), ("after", AFTER, 1275)):
+        sheet.write(place, y + 42, f"— {name}", colour=colour, weight="bold", size=HEAD)
 
 
 def _change(before: float, after: float) -> str:
@@ -325,14 +412,12 @@ def _number(value: float) -> str:
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
 
 
-def _profile(panel: Axes, profile: Mapping[str, Any], unit: str, *, legend: bool) -> None:
+def _profile(panel: Axes, profile: Mapping[str, Any], unit: str) -> None:
     for name, colour in (("before", BEFORE), ("after", AFTER)):
-        panel.plot(profile[f"{name}_mm"], profile[name], ".-", color=colour, lw=2, ms=5, label=name)
+        panel.plot(profile[f"{name}_mm"], profile[name], ".-", color=colour, lw=2, ms=5)
     panel.set_ylim(min(0.0, panel.get_ylim()[0]), None)
     panel.set_title(f"Region {profile['region']}: {AXIS_NAMES[profile['axis']]}", fontsize=TEXT, color=INK,
                     fontweight="bold", loc="left")
     panel.set_xlabel("mm from its centre", fontsize=SMALL, color=QUIET)
     panel.set_ylabel(unit, fontsize=SMALL, color=QUIET)
     panel.spines[["top", "right"]].set_visible(False)
-    if legend:
-        panel.legend(fontsize=SMALL, frameon=False, loc="upper right")
