@@ -162,11 +162,12 @@ def _conclude(ledger: Ledger, delivery_id: int, text: str, *, late: bool, now: f
     """All instances committed: so is the delivery, whatever became of it meanwhile. If not, the worker looks at it."""
     row = dict(ledger.query("SELECT * FROM delivery WHERE id = ?", (delivery_id,))[0])
     job = ledger.job(row["job_id"])
-    count = ledger.query("SELECT count(committed_at) AS n FROM delivery_instance WHERE delivery_id = ?",
-                         (delivery_id,))[0]["n"]
+    answers = ledger.query("SELECT count(*) AS n, count(committed_at) AS committed FROM delivery_instance "
+                           "WHERE delivery_id = ?", (delivery_id,))[0]
+    count = answers["committed"]
     if row["state"] == "committed":
         return
-    if count >= job["derived_instances"]:
+    if count >= max(job["derived_instances"], answers["n"]):  # what is sent beside the series has its answers too
         ledger.set_delivery(delivery_id, "committed", now=now, prove_at=None,
                             reason=f"{PROVEN} of {count} instances" + (", answered late" if late else ""))
         log.info("derived series committed", action="committed", job=job["id"], peer=row["peer"], late=late)

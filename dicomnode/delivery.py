@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dicomnode import scu
+from pydicom.uid import UID
+
+from dicomnode import companions, scu
 from dicomnode.config import Config, Delivery, Peer
 from dicomnode.errors import ConfigError, NotFound, PeerUnreachable, TransitionRefused
 from dicomnode.lanes import Lanes
@@ -125,11 +127,11 @@ class Deliverer:
         except (TransitionRefused, NotFound):
             return  # cancelled, held or committed between the query and now
         job = self._ledger.job(job_id)
-        files = derived_files(self._spool.absolute(job["derived_path"]))
-        if len(files) != job["derived_instances"]:
-            self._lost(job, len(files))
+        files, expected = self._files(job)
+        if len(files) != expected:
+            self._lost(job, len(files), expected)
             return
-        answered = self._ledger.statuses(row["id"])
+        answered = self._answered(row["id"], files)
         left = [file for uid, file in files.items() if not stored(answered.get(uid))]
         recorder = _Recorder(self._ledger, row["id"], self._clock)
         problem = ""
@@ -139,7 +141,24 @@ class Deliverer:
             problem = str(error)
         finally:
             recorder.flush()
-        self._conclude(row, peer, set(files), problem)
+        self._conclude(row, peer, files, problem)
+
+    def _files(self, job: dict[str, Any]) -> tuple[dict[str, StoredObject], int]:
+        """What is to be sent of a job, and how many that should be: the derived series and, behind it, what its route
+        wants beside it as of now: a peer that does not take a report must not hold up the series for ever."""
+        route = self._config.named_route(job["route"])
+        also = companions.wanted(job["report"], route.also if route else None)
+        files = derived_files(self._spool.absolute(job["derived_path"]), names=companions.names(also))
+        return files, job["derived_instances"] + companions.instances(also)
+
+    def _answered(self, delivery_id: int, files: Collection[str]) -> dict[str, int]:
+        """The answers so far. Those to what is no longer to be sent go: nothing waits for them, or for their proof."""
+        answered = self._ledger.statuses(delivery_id)
+        if gone := sorted(answered.keys() - set(files)):
+            with self._ledger.transaction() as db:
+                db.executemany("DELETE FROM delivery_instance WHERE delivery_id = ? AND sop_instance_uid = ?",
+                               [(delivery_id, uid) for uid in gone])
+        return {uid: status for uid, status in answered.items() if uid in files}
 
     def _send(self, peer: Peer, files: list[StoredObject], recorder: _Recorder, stopped: Callable[[], bool]) -> None:
         """By STOW-RS where the peer has an address for it, else by C-STORE."""
@@ -181,9 +200,9 @@ class Deliverer:
     def _state(self, row: dict[str, Any]) -> str:
         return str(self._ledger.query("SELECT state FROM delivery WHERE id = ?", (row["id"],))[0]["state"])
 
-    def _conclude(self, row: dict[str, Any], peer: Peer, uids: set[str], problem: str) -> None:
+    def _conclude(self, row: dict[str, Any], peer: Peer, files: Mapping[str, StoredObject], problem: str) -> None:
         statuses = self._ledger.statuses(row["id"])
-        verdict = judge((status for uid, status in statuses.items() if uid in uids), expected=len(uids))
+        verdict = judge((status for uid, status in statuses.items() if uid in files), expected=len(files))
         if verdict.delivered:
             with self._ledger.transaction():
                 if self._state(row) != "waiting":
@@ -195,11 +214,12 @@ class Deliverer:
             log.info("derived series delivered", action="delivered", job=row["job_id"], peer=row["peer"])
         elif not self._stop.is_set() and self._ledger.job(row["job_id"])["state"] == "sending":
             believed = verdict.refused and not problem and row["attempts"] + 1 >= REFUSALS
-            self._again(row, f"{problem} ({verdict.reason})" if problem else verdict.reason, dead=believed)
+            reason = verdict.reason + _not_accepted(files, statuses)
+            self._again(row, f"{problem} ({reason})" if problem else reason, dead=believed)
 
-    def _lost(self, job: dict[str, Any], found: int) -> None:
+    def _lost(self, job: dict[str, Any], found: int, expected: int) -> None:
         """Somebody removed files: never send a part. Forgetting the folder makes `retry` compute it again."""
-        reason = (f"{found} of {job['derived_instances']} derived instances are left in {job['derived_path']}. "
+        reason = (f"{found} of {expected} derived instances are left in {job['derived_path']}. "
                   f"Remedy: `dicomnode retry job:{job['id']}` computes the series again.")
         self._ledger.set_job(job["id"], "held", now=self._clock(), code="derived-lost", reason=reason,
                              derived_path=None)
@@ -220,10 +240,27 @@ class Deliverer:
                     reason=reason, wait_s=round(wait, 1))
 
 
-def derived_files(folder: Path) -> dict[str, StoredObject]:
-    """SOP Instance UID -> the instance, in the order of the file names."""
-    found = [StoredObject.read(path) for path in sorted(folder.glob("*.dcm"))]
+def derived_files(folder: Path, *, names: Collection[str] | None = None) -> dict[str, StoredObject]:
+    """SOP Instance UID -> the instance, in the order of the file names: the derived series, then what is beside it.
+
+    names   of the files below "also" that count; None: all.
+    """
+    beside = [path for path in sorted((folder / companions.ALSO_FOLDER).glob("*.dcm"))
+              if names is None or path.name in names]
+    found = [StoredObject.read(path) for path in (*sorted(folder.glob("*.dcm")), *beside)]
     return {each.sop_instance_uid: each for each in found}
+
+
+def _not_accepted(files: Mapping[str, StoredObject], statuses: Mapping[str, int]) -> str:
+    """Which SOP classes the peer does not take; "" where it takes all. The rest has its answers all the same."""
+    names = sorted({UID(files[uid].sop_class_uid).name for uid, status in statuses.items()
+                    if uid in files and status == scu.SOP_CLASS_NOT_SUPPORTED})
+    if not names:
+        return ""
+    beside = any(uid in files and files[uid].path.parent.name == companions.ALSO_FOLDER
+                 and status == scu.SOP_CLASS_NOT_SUPPORTED for uid, status in statuses.items())
+    remedy = "; let it accept them, or take them out of `also` of the route" if beside else ""
+    return f"; not accepted there: {', '.join(names)}{remedy}"
 
 
 def stored(status: int | None) -> bool:

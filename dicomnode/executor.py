@@ -32,7 +32,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from dicomnode import __version__, identity
+from dicomnode import __version__, companions, identity
 from dicomnode.config import Config, Route
 from dicomnode.errors import NotFound, TransitionRefused
 from dicomnode.ledger import Ledger
@@ -51,6 +51,7 @@ REPORT_FILE = "report.json"
 RECIPE = ("series_uid", "study_uid", "guide_series_uid", "route", "method", "preset", "settings", "send_to", "inputs",
           "priority", "urgent", "created_at")
 DISK_FULL = "disk-full"
+NOT_MADE = "companion"  # code of an event: something wanted beside the derived series could not be made
 LOST_LIMIT = 100  # a job that was running each time the whole node died so often is not tried again unseen
 FULL_LIMIT = 48  # so often a full disk ends a job before a person is asked: about two days
 LONGEST_WAIT_S = 3600.0  # between two attempts
@@ -189,6 +190,7 @@ class Executor:
             "preset": job["preset"],
             "settings": {**job["settings"], **({"memory_gb": job["memory_gb"]} if job["memory_gb"] else {})},
             "checkpoints": str(self._checkpoints(job)),
+            "also": list(route.also) if route else [],
             # The time of the job, not of the attempt: a repeat writes the same bytes under the same UIDs.
             "now": job["created_at"],
             "derivation": {
@@ -309,9 +311,12 @@ class Executor:
 
     def _keep(self, job: dict[str, Any], written: Path, report: dict[str, Any]) -> None:
         """Make the checked series durable under derived/JOB, then enter it: repeating this after a crash is safe."""
-        for path in written.iterdir():
+        for path in written.rglob("*"):
             self._beat()
-            _fsync_file(path)
+            if path.is_dir():
+                fsync_dir(path)
+            else:
+                _fsync_file(path)
         report = {**report, "identity": job["identity"], "files_sha256": self._digest(written)}
         told = {**report, "job": {key: job[key] for key in RECIPE}}
         (written / REPORT_FILE).write_text(json.dumps(told, indent=1), encoding="utf-8")
@@ -344,7 +349,8 @@ class Executor:
         report.pop("job", None)  # the ledger knows it
         whole = (report["identity"] == job["identity"]
                  and len(list(target.glob("*.dcm"))) == report["derived_instances"]
-                 and report.get("files_sha256") in (None, self._digest(target)))
+                 and report.get("files_sha256") in (None, self._digest(target))
+                 and companions.whole(target, report))
         if whole:
             self._enter(job, target, report)
         return whole
@@ -362,8 +368,18 @@ class Executor:
                                       derived_instances=report["derived_instances"])
             if ours:
                 keep_found(self._ledger, job, report, software_version=__version__, now=now)
+                self._tell_left_out(job, report, now)
         if not ours:
             log.info("job was taken away after it was built", action="job_taken", job=job["id"])
+
+    def _tell_left_out(self, job: Mapping[str, Any], report: Mapping[str, Any], now: float) -> None:
+        """What the route wanted beside the derived series and could not be made: in the history and the log."""
+        for of, why in report.get("also", {}).get("left_out", {}).items():
+            self._ledger.event("job", now=now, study_uid=job["study_uid"], series_uid=job["series_uid"],
+                               job_id=job["id"], code=NOT_MADE,
+                               reason=f"{of} could not be made, the derived series goes out without: {why}")
+            log.warning("not made beside a derived series", action="companion_left_out", job=job["id"], kind=of,
+                        reason=why)
 
     def _sent_to(self, job: Mapping[str, Any]) -> list[str]:
         """The peers that have answered to any instance of the job's derived series."""
@@ -376,7 +392,8 @@ class Executor:
         if job["derived_series_uid"] is None or not self._sent_to(job):
             return False
         return bool(job["derived_series_uid"] != report["derived_series_uid"]
-                    or old.get("files_sha256", "") not in ("", report.get("files_sha256", "")))
+                    or old.get("files_sha256", "") not in ("", report.get("files_sha256", ""))
+                    or companions.changed(old, report))
 
     def _hold_other_image(self, job: dict[str, Any], report: Mapping[str, Any]) -> None:
         """One UID never means two images, and no peer gets a second series unasked.

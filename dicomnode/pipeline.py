@@ -30,6 +30,7 @@ import deconv
 from deconv import Deconvolution, OnStep, Progress, Volume
 from deconv.metrics import kernel_fwhm_mm
 from deconv.safeguards import Gate, gates
+from dicomnode import companions
 from dicomnode.daskclient import ClusterUnavailable, WorkerLost
 from dicomnode.daskclient import deconvolve as deconvolve_on_cluster
 from dicomnode.errors import CannotUnderstand
@@ -95,7 +96,7 @@ def process(
     pet_files: Sequence[Path], guide_files: Sequence[Path], out_folder: Path, *, method: str, preset: str,
     overrides: Mapping[str, Any] | None = None, device: str = "auto", threads: int = 0, naming: Mapping[str, Any],
     guide_required: bool = False, now: datetime, on_step: OnStep | None = None, assume_units: str | None = None,
-    checkpoints: Path | None = None, cluster: Callable[..., Computed] | None = None,
+    checkpoints: Path | None = None, cluster: Callable[..., Computed] | None = None, also: Sequence[str] = (),
 ) -> Outcome:
     """Make the derived series of one PET series in `out_folder` (made here, must not hold anything else).
 
@@ -110,6 +111,7 @@ def process(
                     caller's to remove. None: it starts afresh.
     cluster         computes the deconvolution elsewhere: dicomnode.daskclient.deconvolve with its scheduler and key.
                     None: here. No checkpoints there.
+    also            what is made beside the series, in `out_folder`/also: see companions.py.
 
     Raises Refused: by the reader; "method" for settings or a volume the method does not take; "gate" and "check"
     (Failing, with report) for a result that must not leave. `out_folder` is then gone.
@@ -145,6 +147,9 @@ def process(
     report["seconds"] = {name: round(b - a, 3) for name, a, b in zip(names, marks, marks[1:])}
     report |= {"derived_series_uid": derived.series_instance_uid, "derived_instances": len(derived.files),
                "series_number": derived.series_number, "series_description": derived.series_description}
+    if also:
+        report["also"] = companions.make(also, out_folder, source=source, derived=derived, derivation=derivation,
+                                         result=result, report=_plain(report), now=now)
     say("done", 3)
     return Outcome(derived, result, volume, _plain(report))
 
@@ -345,6 +350,7 @@ def _work_off(order: Mapping[str, Any], folder: Path, reporter: _Reporter) -> No
         device=order["device"], threads=order["threads"], naming=order["derivation"],
         guide_required=order["guide_required"], now=datetime.fromtimestamp(order["now"], UTC).astimezone(),
         on_step=reporter.step, checkpoints=Path(order["checkpoints"]), cluster=_cluster(order),
+        also=order.get("also", ()),
     )
     reporter.line(kind="built", report=outcome.report)
 

@@ -24,7 +24,7 @@ from pynetdicom.sop_class import (  # type: ignore[attr-defined]
     Verification,
 )
 
-from dicomnode import commitment, query, scu
+from dicomnode import commitment, companions, query, scu
 from dicomnode.config import Config, Peer
 from dicomnode.delivery import backoff_s, derived_files, stored
 from dicomnode.errors import ConfigError, PeerRefused, PeerUnreachable
@@ -100,7 +100,7 @@ class Prover:
         if failed and row["proofs"] < limit:
             self._resend(row, len(failed), f"not committed: {_reasons(statuses, failed)}")
         elif failed:
-            self._give_up(row, f"{peer.name} does not commit to {len(failed)} of {job['derived_instances']} instances, "
+            self._give_up(row, f"{peer.name} does not commit to {len(failed)} of {len(statuses)} instances, "
                                f"though they were sent again: {_reasons(statuses, failed)}",
                           "look into the log of the peer")
         elif row["proofs"] < limit:
@@ -225,14 +225,15 @@ class Prover:
 
     def _c_find(self, job: Row, peer: Peer) -> set[str]:
         with query.Asking(peer, query.Times.of(self._config)) as asking:
-            return set(asking.instances(job["study_uid"], job["derived_series_uid"]))
+            return {uid for series in _series(job) for uid in asking.instances(job["study_uid"], series)}
 
     def _qido(self, job: Row, peer: Peer) -> set[str]:
         from dicomnode.stow import instances
 
         delivery = self._config.delivery
-        return set(instances(peer, job["study_uid"], job["derived_series_uid"], tls=self._config.tls,
-                             connect_timeout_s=delivery.connect_timeout_s, timeout_s=delivery.dimse_timeout_s))
+        return {uid for series in _series(job)
+                for uid in instances(peer, job["study_uid"], series, tls=self._config.tls,
+                                     connect_timeout_s=delivery.connect_timeout_s, timeout_s=delivery.dimse_timeout_s)}
 
     # --- outcomes
 
@@ -276,6 +277,11 @@ class Prover:
                   reason=f"{reason}. Remedy: {remedy}; then `dicomnode retry job:{row['job_id']}`.")
         log.error("a delivery could not be proven", action="proof_dead", job=row["job_id"], peer=row["peer"],
                   reason=reason)
+
+
+def _series(job: Row) -> list[str]:
+    """The derived series and what went out beside it."""
+    return [job["derived_series_uid"], *companions.series_uids(job["report"])]
 
 
 def _uid_below(root: str) -> str:

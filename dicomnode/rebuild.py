@@ -17,7 +17,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from dicomnode import __version__
+from dicomnode import __version__, companions
 from dicomnode.errors import CannotUnderstand
 from dicomnode.executor import RECIPE, REPORT_FILE
 from dicomnode.ledger import InstanceRow, Ledger
@@ -445,4 +445,4 @@ def _is_whole(folder: Path, instances: int | None, report: Mapping[str, Any]) ->
     digest = sha256()
     for path in files:
         digest.update(path.read_bytes())
-    return report.get("files_sha256", "") in ("", digest.hexdigest())
+    return report.get("files_sha256", "") in ("", digest.hexdigest()) and companions.whole(folder, report)

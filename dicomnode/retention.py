@@ -165,9 +165,10 @@ class Purger:
         return sorted(found, key=lambda one: (one.since, one.uid, one.job))
 
     def _size(self, folder: str) -> int:
+        """Bytes of all files below a folder; 0 where it is gone."""
         try:
-            return sum(entry.stat().st_size for entry in os.scandir(self._spool.absolute(folder)))
-        except FileNotFoundError:
+            return sum(path.stat().st_size for path in self._spool.absolute(folder).rglob("*") if path.is_file())
+        except FileNotFoundError:  # gone while it was looked at
             return 0
 
     def _make_room(self, now: float, until: float) -> int:

@@ -17,6 +17,7 @@ from typing import TypeVar
 from pydicom import dcmread
 from pydicom.errors import InvalidDicomError
 
+from dicomnode.companions import ALSO_FOLDER
 from dicomnode.headers import UNREADABLE, values
 from dicomnode.ledger import Ledger
 from dicomnode.logs import get_logger
@@ -36,19 +37,28 @@ log = get_logger("catalogue")
 
 _SERIES = """
 SELECT study_uid, series_uid, modality, accession_number, series_number, series_description, instances,
-       first_at AS at, NULL AS folder, purged_at
+       first_at AS at, NULL AS folder, '' AS kind, purged_at
   FROM series WHERE (purged_at IS NULL OR last_at > purged_at) {where}
 UNION ALL
-SELECT study_uid, derived_series_uid, 'PT', '', '', '', derived_instances, built_at, derived_path, NULL
+SELECT study_uid, derived_series_uid, 'PT', '', '', '', derived_instances, built_at, derived_path, '', NULL
   FROM job WHERE state IN {states} AND derived_series_uid IS NOT NULL AND derived_path IS NOT NULL
    AND purged_at IS NULL {derived_where}
+UNION ALL
+SELECT study_uid, beside.value ->> 'series_uid', beside.value ->> 'modality', '', '', '',
+       beside.value ->> 'instances', built_at, derived_path, beside.value ->> 'kind', NULL
+  FROM job, json_each(report, '$.also.series') AS beside
+ WHERE state IN {states} AND report IS NOT NULL AND derived_path IS NOT NULL AND purged_at IS NULL {beside_where}
  ORDER BY at DESC, series_uid
 """
 
 
 @dataclass(frozen=True)
 class Series:
-    """One series that we hold; `folder` (relative) where it is a derived one."""
+    """One series that we hold.
+
+    folder   relative, where it is a derived one.
+    kind     of what lies beside a derived series (companions.py); "" for all else.
+    """
 
     study_uid: str
     series_uid: str
@@ -58,6 +68,7 @@ class Series:
     series_description: str
     instances: int
     folder: str | None
+    kind: str = ""
 
 
 class Catalogue:
@@ -101,20 +112,24 @@ class Catalogue:
 
         accession_numbers   of studies of which we received a series with one of them.
         """
-        where = derived_where = ""
+        where = derived_where = beside_where = ""
         parameters: dict[str, str] = {}
-        for name, column, derived, uids in (("studies", "study_uid", "study_uid", study_uids),
-                                            ("series", "series_uid", "derived_series_uid", series_uids)):
+        for name, column, derived, beside, uids in (
+                ("studies", "study_uid", "study_uid", "study_uid", study_uids),
+                ("series", "series_uid", "derived_series_uid", "beside.value ->> 'series_uid'", series_uids)):
             if uids:
                 where += f" AND {column} IN (SELECT value FROM json_each(:{name}))"
                 derived_where += f" AND {derived} IN (SELECT value FROM json_each(:{name}))"
+                beside_where += f" AND {beside} IN (SELECT value FROM json_each(:{name}))"
                 parameters[name] = json.dumps(list(uids))
         if accession_numbers:
             of_studies = (" AND study_uid IN (SELECT study_uid FROM series WHERE accession_number IN "
                           "(SELECT value FROM json_each(:accessions)))")
             where, derived_where = where + of_studies, derived_where + of_studies
+            beside_where += of_studies
             parameters["accessions"] = json.dumps(list(accession_numbers))
-        rows = self._ledger.query(_SERIES.format(where=where, derived_where=derived_where, states=PASSED), parameters)
+        rows = self._ledger.query(_SERIES.format(where=where, derived_where=derived_where,
+                                                 beside_where=beside_where, states=PASSED), parameters)
         found: dict[str, Series] = {}
         for row in rows:
             one = Series(**{field.name: row[field.name] for field in fields(Series)})
@@ -127,13 +142,16 @@ class Catalogue:
     def objects(self, series: Series) -> list[StoredObject]:
         """The instances of a series, in the order in which they came or lie."""
         if series.folder is not None:
-            return [stored for path in sorted(self._spool.absolute(series.folder).glob("*.dcm"))
-                    if (stored := _stored(path)) is not None]
+            return [stored for path in sorted(self._paths(series)) if (stored := _stored(path)) is not None]
         rows = self._ledger.query("SELECT sop_class_uid, sop_instance_uid, transfer_syntax_uid, path FROM instance "
                                   "WHERE series_uid = ? ORDER BY received_at, sop_instance_uid", (series.series_uid,))
         found = [StoredObject(row["sop_class_uid"], row["sop_instance_uid"], row["transfer_syntax_uid"],
                               self._spool.absolute(row["path"])) for row in rows]
         return [stored for stored in found if stored.path.is_file()] if self._was_purged(series) else found
+
+    def _paths(self, series: Series) -> Iterator[Path]:
+        folder = self._spool.absolute(series.folder or "")
+        return folder.glob(f"{ALSO_FOLDER}/{series.kind}-*.dcm" if series.kind else "*.dcm")
 
     def _was_purged(self, series: Series) -> bool:
         """Its files were removed once ([retention]): only those that came since are there."""
@@ -210,7 +228,7 @@ class Catalogue:
 
     def _any_file(self, series: Series) -> Path | None:
         if series.folder is not None:
-            return next(self._spool.absolute(series.folder).glob("*.dcm"), None)
+            return next(self._paths(series), None)
         rows = self._ledger.query("SELECT path FROM instance WHERE series_uid = ? LIMIT 1", (series.series_uid,))
         return self._spool.absolute(rows[0]["path"]) if rows else None
 
