@@ -59,12 +59,15 @@ class QcPicture:
         return held.getvalue()
 
 
-def draw(looks: Looks, heading: str) -> list[QcPicture]:
-    """The pictures, each under `heading`; that of the kernel only where there is one, that of regions likewise."""
+def draw(looks: Looks, heading: str, *, regions: bool = True) -> list[QcPicture]:
+    """The pictures, each under `heading`; that of the kernel only where there is one, that of regions likewise.
+
+    regions   False: without that of the regions, for a page that has them as a table and charts.
+    """
     found = [_mips(looks, heading)]
     if looks.measures["kernel"] is not None:
         found.append(_kernel(looks, heading))
-    if looks.measures["regions"]:
+    if regions and looks.measures["regions"]:
         found.append(_regions(looks, heading))
     return [*found, _residual(looks, heading)]
 

@@ -45,6 +45,7 @@ def compose(ledger: Ledger, spool: Spool, config: Config, study: str, *, now: fl
     waits = reasons(ledger, config, now=now)
     rows = {row["series_uid"]: row for row in ledger.series_of_study(value["study"])}
     times = Times(config.schedule.timezone)
+    name = value["accession_number"] or value["study"]
     return StudyReport(
         title="Deblurred PET",
         study=value["study"],
@@ -59,7 +60,7 @@ def compose(ledger: Ledger, spool: Spool, config: Config, study: str, *, now: fl
         verdicts=tuple(tell(value["series"], waits, times)),
         sections=(
             _received(value, rows, times),
-            *(section for series in value["series"] for section in _processed(series, ledger, spool, times)),
+            *(section for series in value["series"] for section in _processed(series, ledger, spool, times, name)),
             *(section for series in value["series"] for section in _all_checks(series)),
             _history(value["events"], times),
             _about(),
@@ -100,15 +101,14 @@ def _judged(series: Json, row: Json, times: Times) -> Iterator[Block]:
                         "here comes from the ledger.")
 
 
-def _processed(series: Json, ledger: Ledger, spool: Spool, times: Times) -> Iterator[Section]:
+def _processed(series: Json, ledger: Ledger, spool: Spool, times: Times, study: str) -> Iterator[Section]:
     """One part for each series that has a job: its newest job in full, the earlier ones in a table."""
     if not series["jobs"]:
         return
     newest = series["jobs"][-1]
     row = ledger.job(newest["job"])
     yield Section(f"What was done with {_what(series)}", (_job(newest, row, times), *_earlier(series["jobs"][:-1])))
-    heading = " ".join(filter(None, [series["accession_number"], f"job {newest['job']}", newest["method"],
-                                     newest["preset"]]))
+    heading = f"{study}, job {newest['job']}: {newest['method']}, preset {newest['preset']}"
     yield from figures.sections(newest, row, spool, heading)
     yield Section("Delivery", tuple(_deliveries(newest, row, times)))
 
@@ -158,6 +158,8 @@ def _deliveries(job: Json, row: Json, times: Times) -> Iterator[Block]:
         yield Table.of("To whom the derived series goes",
                        (("Peer", 16), ("State", 14), ("Images accepted", 16), ("Attempts", 10), ("Done", 16),
                         ("Answer", 28)), (_delivery(one, job, times) for one in job["deliveries"]))
+    elif job["state"] in ("queued", "running", "failed"):
+        yield Paragraph("Nothing is sent before the series is built and checked.")
     else:
         yield Paragraph("Nothing was sent: there is no derived series that passed its checks.")
     yield from _companions((job["report"] or {}).get("also") or {})

@@ -71,10 +71,9 @@ def _pictures(row: Json, spool: Spool, heading: str) -> Iterator[Block]:
         return
     from dicomnode import qcpictures  # loads matplotlib
 
-    for picture in qcpictures.draw(seen, heading):
-        if picture.name != "regions":
-            rows, columns = picture.rgb.shape[:2]
-            yield Picture(picture.title, _alt(picture.name, seen.measures), picture.png(), (columns, rows))
+    for picture in qcpictures.draw(seen, heading, regions=False):
+        rows, columns = picture.rgb.shape[:2]
+        yield Picture(picture.title, _alt(picture.name, seen.measures), picture.png(), (columns, rows))
 
 
 def _alt(name: str, measures: Json) -> str:
@@ -151,9 +150,9 @@ def _regions(measures: Json) -> Iterator[Block]:
     if not measures["regions"]:
         yield Paragraph("No region stands out of its surroundings.")
         return
-    columns = [("Region", 8.5), ("Centre x, y, z (mm)", 14.0), ("Volume (mL)", 8.5)]
+    columns = [("Region", 8.5), ("Centre x, y, z (mm)", 14.0), ("Volume (mL)", 9.5)]
     for kind in ("max", "mean", "peak"):
-        columns += [(f"{name}{kind} before", 10.0), ("after", 8.0), ("change", 11.5)]
+        columns += [(f"{name}{kind} before", 11.0), ("after", 8.0), ("change", 11.0)]
     yield Table.of(f"Uptake in {unit}", columns, (_one_region(one) for one in measures["regions"]))
 
 
@@ -188,7 +187,7 @@ def _safeguards(report: Json) -> Iterator[Block]:
         shut = sum(not gate["ok"] for gate in gates)
         yield Table.of(f"Gates: {len(gates) - shut} of {len(gates)} passed",
                        (("Gate", 20), ("What is measured", 40), ("Measured", 14), ("Limit", 14), ("", 12)),
-                       (_gate(gate) for gate in gates))
+                       (_gate(gate) for gate in sorted(gates, key=lambda gate: bool(gate["ok"]))))
     if check is None:
         yield Paragraph("The written files were not checked: the gates did not let the result pass." if gates else
                         "No safeguard was reached.")

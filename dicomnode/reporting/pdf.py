@@ -96,8 +96,8 @@ def _style(name: str) -> ParagraphStyle:
         "cell": ParagraphStyle("cell", base, fontSize=7.5, leading=9.6),
         "number": ParagraphStyle("number", base, fontSize=7.5, leading=9.6, alignment=TA_RIGHT),
         "uid": ParagraphStyle("uid", base, fontName=MONO, fontSize=6.4, leading=8.6),
-        "head": ParagraphStyle("head", base, fontName=BOLD, fontSize=7.2, leading=9.2, textColor=QUIET),
-        "headnumber": ParagraphStyle("headnumber", base, fontName=BOLD, fontSize=7.2, leading=9.2, textColor=QUIET,
+        "head": ParagraphStyle("head", base, fontName=BOLD, fontSize=6.7, leading=8.8, textColor=QUIET),
+        "headnumber": ParagraphStyle("headnumber", base, fontName=BOLD, fontSize=6.7, leading=8.8, textColor=QUIET,
                                      alignment=TA_RIGHT),
         "label": ParagraphStyle("label", base, textColor=QUIET),
         "fact": base,
@@ -291,7 +291,7 @@ class _Document(BaseDocTemplate):
         canvas.line(MARGIN_X, top - 5, right, top - 5)
         canvas.line(MARGIN_X, 13.5 * mm, right, 13.5 * mm)
         canvas.setFont(SANS, 7)
-        told = f"{report.software} · study {report.study} · as of {report.at} {report.zone}"
+        told = f"{report.software} · study {report.study}"
         canvas.drawString(MARGIN_X, 10 * mm, _fitting(told, 0.86 * WIDTH, 7))
         of = f"Page {canvas.getPageNumber()} of "
         canvas.drawRightString(right - stringWidth("000", SANS, 7), 10 * mm, of)

@@ -21,7 +21,7 @@ TONES: dict[str, Tone] = {
 #: The worst first.
 ORDER = ("held", "failed", "waiting", "cancelled", "receiving", "complete", "matched", "queued", "running", "built",
          "sending", "delivered", "committed", "superseded", "ignored")
-NOTHING = "Nothing to do."
+NOTHING = "Nothing: it goes on by itself."
 
 
 def tell(series: Sequence[Json], waits: Mapping[int, str], times: Times) -> Iterator[Verdict]:

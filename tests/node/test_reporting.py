@@ -136,8 +136,8 @@ def test_the_same_report_gives_the_same_bytes(delivered):
     ("failed", "The last attempt failed: MemoryError", "tried again"),
     ("waiting", "slices missing", "Send what is missing"),
     ("ignored", "Not processed: CorrectedImage", "as it should be"),
-    ("queued", "Queued", "Nothing to do"),
-    ("running", "step 120 of 400", "Nothing to do"),
+    ("queued", "Queued", "goes on by itself"),
+    ("running", "step 120 of 400", "goes on by itself"),
 ])
 def test_a_study_without_a_derived_series_is_told_of_too(node, ledger, config, state, word, todo):
     """Why there is none, and what to do."""
