@@ -63,14 +63,14 @@ class Furnished:
 
 
 def furnished(folder: Path, *, web: str = "", method: str = "nbd", preset: str = "best",
-              size: tuple[int, int, int] = (16, 32, 32), also: str = "") -> Furnished:
+              kind: str = "spheres", size: tuple[int, int, int] = (16, 32, 32), also: str = "") -> Furnished:
     """A study delivered (deblurred here, by the pipeline's child process), and one each that is held, failed, queued,
     running, waiting for slices, and ignored."""
     route = ROUTE.format(method=method, preset=preset, also=also)
     series: dict[str, str] = {}
     with Line(folder, toml=TOML + web, route=route) as line:
         line.now = NOW - 3 * 3600
-        job = _delivered(line, size)
+        job = _delivered(line, kind, size)
         series["delivered"] = line.ledger.job(job)["series_uid"]
         for seed, state in enumerate(("held", "failed", "running", "queued"), start=11):
             series[state] = line.receive(pet_series(seed=seed, AccessionNumber=f"ACC{seed}", values=None))
@@ -87,9 +87,9 @@ def furnished(folder: Path, *, web: str = "", method: str = "nbd", preset: str =
     return Furnished(folder, toml, NOW, studies, series, job)
 
 
-def _delivered(line: Line, size: tuple[int, int, int]) -> int:
+def _delivered(line: Line, kind: str, size: tuple[int, int, int]) -> int:
     """A synthetic PET and CT received, matched, deblurred and, by hand, answered for by both peers; the job."""
-    phantom = phantomstudy.make("spheres", size=size, seed=3, fwhm_mm=6.0)
+    phantom = phantomstudy.make(kind, size=size, seed=3, fwhm_mm=6.0)
     study = phantomstudy.write(phantom, line.folder / "phantom", seed=3)
     for files in (study.ct, study.pet):
         line.receive([dcmread(path) for path in files], calling_ae="PETCT1")
