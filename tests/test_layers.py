@@ -30,6 +30,8 @@ FORBIDDEN = {
                                 "dicomnode.executor", "dicomnode.config"),
     "dicomnode/views.py": ("torch", "pydicom", "pynetdicom", "deconv", "sop"),
     "dicomnode/operate.py": ("torch", "pydicom", "pynetdicom", "deconv", "sop"),
+    **dict.fromkeys(("dicomnode/measures.py", "dicomnode/tally.py"),
+                    ("torch", "pydicom", "pynetdicom", "deconv", "sop", "prometheus_client", "dicomnode.web")),
     "dicomnode/scp.py": ("torch", "deconv", "dicomnode.pipeline", "dicomnode.matcher", "dicomnode.executor"),
     "dicomnode/services": ("torch", "deconv", "dicomnode.pipeline", "dicomnode.matcher", "dicomnode.executor"),
     "dicomnode/services/findscp.py": ("torch", "pynetdicom", "dicomnode.ledger", "dicomnode.spool", "dicomnode.config",
