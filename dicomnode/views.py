@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from dicomnode import workers
+from dicomnode import companions, workers
 from dicomnode.errors import NotFound, RefusedInput
 from dicomnode.ledger import Ledger
 
@@ -142,12 +142,25 @@ def _job(ledger: Ledger, job: Mapping[str, Any]) -> Json:
         "progress": job["progress"],
         "derived_series": job["derived_series_uid"],
         "derived_instances": job["derived_instances"],
+        "also": _also(job["report"]),
         "report": job["report"],
         "queued_at": timestamp(job["created_at"]),
         "started_at": timestamp(job["started_at"]),
         "built_at": timestamp(job["built_at"]),
         "finished_at": timestamp(job["finished_at"]),
         "deliveries": [_delivery(ledger, row) for row in ledger.deliveries(job["id"])],
+    }
+
+
+def _also(report: Mapping[str, Any] | None) -> Json:
+    """What was made beside the derived series, and what was not. `instances` are delivered with it."""
+    made = companions.wanted(report, None)
+    return {
+        "instances": companions.instances(made),
+        "series": [{"kind": one["kind"], "series": one["series_uid"], "series_number": one["series_number"],
+                    "series_description": one["description"], "modality": one["modality"],
+                    "instances": one["instances"]} for one in made],
+        "left_out": ((report or {}).get("also") or {}).get("left_out", {}),
     }
 
 

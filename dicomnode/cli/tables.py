@@ -187,10 +187,15 @@ def _print_job(console: Console, job: Mapping[str, Any]) -> None:
     console.print(f"    guide: {'CT series ' + job['guide_series'] + unused if job['guide_series'] else 'none'}")
     if job["derived_series"]:
         console.print(f"    derived series {job['derived_series']}, {job['derived_instances']} images")
+    for one in job["also"]["series"]:
+        console.print(escape(f"    {one['series_description']} {one['series']}, {one['instances']} objects"))
+    for kind, why in job["also"]["left_out"].items():
+        console.print(escape(f"    no {kind}: {why}"))
     if report:
         console.print(f"    {_measured(report)}")
     for delivery in job["deliveries"]:
-        took = f"{delivery['accepted']} of {job['derived_instances']} images accepted, attempt {delivery['attempts']}"
+        count = (job["derived_instances"] or 0) + job["also"]["instances"]
+        took = f"{delivery['accepted']} of {count} objects accepted, attempt {delivery['attempts']}"
         _line(console, delivery["state"], f"{took}. {delivery['reason']}", f"    to {escape(delivery['peer'])}: ")
         for remark in delivery["remarks"]:
             comment = f": {remark['comment']}" if remark["comment"] else ""
