@@ -6,12 +6,13 @@ footer of each page.
 
 from __future__ import annotations
 
+import re
 from datetime import UTC, date, datetime
 from zoneinfo import ZoneInfo
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
-__all__ = ["TONES", "Words", "duration", "parts_of", "size", "tone"]
+__all__ = ["TONES", "Words", "brief", "duration", "parts_of", "size", "tone"]
 
 #: state -> class of style.css: good (done), run (goes on by itself now), wait (goes on by itself later), bad (a person)
 TONES = {
@@ -72,6 +73,24 @@ def parts_of(reason: str) -> tuple[str, str]:
     return what.strip().rstrip("."), remedy.strip()
 
 
+_LONG_UID = re.compile(r"\d+(?:\.\d+){2,}")
+
+
+def brief(text: str) -> Markup:
+    """A sentence with its long UIDs cut to their end; the title of each has the whole.
+
+    >>> str(brief("series 2.25.183457288553045224361355652320253575862 is held"))
+    'series <span class="uid" title="2.25.183457288553045224361355652320253575862">…320253575862</span> is held'
+    """
+    parts, at = Markup(""), 0
+    for found in _LONG_UID.finditer(text):
+        if len(found.group()) > 24:
+            parts += escape(text[at:found.start()]) + Markup('<span class="uid" title="{}">…{}</span>').format(
+                found.group(), found.group()[-12:])
+            at = found.end()
+    return parts + escape(text[at:])
+
+
 class Words:
     """Times as people at the site read them. A moment is ISO 8601 (dicomnode.views), unix seconds, or None."""
 
@@ -84,6 +103,7 @@ class Words:
     duration = staticmethod(duration)
     size = staticmethod(size)
     parts_of = staticmethod(parts_of)
+    brief = staticmethod(brief)
 
     def _local(self, moment: str | float) -> datetime:
         if isinstance(moment, str):
