@@ -45,6 +45,7 @@ LONG_MM = 400.0
 NEAT = (1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0)
 AIR = 0.01  # of the top: what nowhere along the body reaches it is left out of the turning projection
 SHOWN = 0.05  # of the top: relative uncertainty is told of pixels above it
+PERCENT = 0.01  # step, and least value, of a relative uncertainty
 PROFILED = 3  # regions with profiles
 PROFILE_MM = (25.0, 60.0)  # least and most to either side of the centre
 
@@ -226,7 +227,7 @@ def _uncertainty(result: Deconvolution, after: Upright, arrays: dict[str, Image]
         spread = np.take_along_axis(sd, place, axis).squeeze(axis)
         value = np.take_along_axis(after.array, place, axis).squeeze(axis)
         bright = arrays[f"after.{plane}"] >= SHOWN * top
-        percent = np.where(bright, 100 * spread / np.where(bright, value, 1), 0)
+        percent = np.where(bright, np.maximum(100 * spread / np.where(bright, value, 1), PERCENT), 0)
         arrays[f"uncertainty.{plane}"] = percent.astype(np.float32)
     shown = arrays["uncertainty.coronal"][arrays["after.coronal"] >= SHOWN * top]
     if not shown.size:
@@ -264,7 +265,7 @@ def save(path: Path, looks: Looks) -> None:
             held[name] = values
             continue
         low, high = float(values.min()), float(values.max())
-        size = max(0.01 if name.startswith("uncertainty.") else step, (high - low) / 65535)
+        size = max(PERCENT if name.startswith("uncertainty.") else step, (high - low) / 65535)
         if name.endswith(".rotation"):
             values = values[:len(values) // 2]  # the other half is its mirror
         held[name] = np.rint((values - np.float32(low)) / np.float32(size)).astype(np.uint16)

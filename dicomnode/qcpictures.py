@@ -76,7 +76,7 @@ class _Sheet:
     """A white page of WIDTH pixels; places are (left, top, width, height) in pixels from its upper left corner."""
 
     def __init__(self, title: str, heading: str, body: int) -> None:
-        lines = textwrap.wrap(heading, 120)[:2] or [""]
+        lines = textwrap.wrap(heading, 130, max_lines=2, placeholder=" …") or [""]
         self.start = 74 + 24 * len(lines)
         self.height = self.start + body + 52
         self.figure = Figure(figsize=(WIDTH / DPI, self.height / DPI), dpi=DPI, facecolor="white")
@@ -320,8 +320,8 @@ def _residual_words(measures: Mapping[str, Any]) -> list[str]:
              f"mean square {measures['residual_rms']:.3g} {measures['unit']}.",
              "Noise is to be expected; the outline of an organ or lesion is what the kernel does not explain."]
     if measures["uncertainty"]:
-        words.append("Uncertainty: standard deviation of the voxel that the MIP shows, in percent of it, where bright; median "
-                     f"{measures['uncertainty']['median_percent']:.0f} %.")
+        words.append("Uncertainty: standard deviation of the voxel that the MIP shows, in percent of it, where it is "
+                     f"bright; median {measures['uncertainty']['median_percent']:.0f} %.")
     return words
 
 
