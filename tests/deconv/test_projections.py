@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from deconv import projections
-from deconv.projections import PLANES, largest, project, rotating, strongest, upright
+from deconv.projections import PLANES, Upright, largest, project, rotating, strongest, upright
 from deconv.volume import Volume
 from dicomnode.looks import extent
 
@@ -69,7 +69,7 @@ def test_an_oblique_volume_is_turned_onto_the_patients_axes(degrees: float) -> N
     tilt = np.array([[1, 0, 0], [0, np.cos(angle), -np.sin(angle)], [0, np.sin(angle), np.cos(angle)]])
     array = np.full((20, 22, 24), 1.0, dtype=np.float32)
     array[4:6, 15:17, 6:8] = 9.0
-    volume = Volume(array, (2.0, 2.0, 2.0), (5, 6, 7), tilt @ np.eye(3)[:, ::-1], "Bq/ml")
+    volume = Volume(array, np.full(3, 2.0), np.array([5, 6, 7]), tilt @ np.eye(3)[:, ::-1], "Bq/ml")
     shown = upright(volume)
     x, y, z = volume.position((4.5, 15.5, 6.5))
     for plane, across, down in (("axial", x, y), ("coronal", x, z), ("sagittal", y, z)):
@@ -92,7 +92,7 @@ def test_a_signed_projection_keeps_what_is_farthest_from_zero() -> None:
     assert largest(array, 0)[1, 2] == 2.0
 
 
-def both(before: np.ndarray, spacing: tuple[float, float, float] = (4.0, 3.0, 3.0)):
+def both(before: np.ndarray, spacing: tuple[float, float, float] = (4.0, 3.0, 3.0)) -> tuple[Upright, Upright]:
     coarse = Volume.axial(before, spacing)
     return upright(coarse), upright(coarse.doubled(before.repeat(2, 0).repeat(2, 1).repeat(2, 2)))
 
