@@ -179,11 +179,11 @@
       put(after, this.missing.includes("after") ? "" : "after", width - 6 * px, height - 8 * px);
       const long = width > 250 ? 100 : 20;
       const ruler = this.stage.querySelector("path.ruler");
-      ruler.setAttribute("d", `M${(width - long) / 2} ${height - 8 * px}h${long}`);
+      ruler.setAttribute("d", `M${0.7 * width - long / 2} ${height - 8 * px}h${long}`);
       ruler.setAttribute("stroke-width", 2.5 * px);
       const text = this.stage.querySelector("text.ruler");
       text.setAttribute("text-anchor", "middle");
-      put(text, `${long / 10} cm`, width / 2, height - 13 * px);
+      put(text, `${long / 10} cm`, 0.7 * width, height - 13 * px);
       this.divide(Number(this.split.value));
       this.go(this.at[name]);
     }
