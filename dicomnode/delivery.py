@@ -19,7 +19,7 @@ from pydicom.uid import UID
 
 from dicomnode import companions, scu
 from dicomnode.config import Config, Delivery, Peer
-from dicomnode.errors import ConfigError, NotFound, PeerUnreachable, TransitionRefused
+from dicomnode.errors import ConfigError, NotFound, NothingAccepted, PeerUnreachable, TransitionRefused
 from dicomnode.lanes import Lanes
 from dicomnode.ledger import Ledger
 from dicomnode.logs import get_logger
@@ -137,6 +137,9 @@ class Deliverer:
         problem = ""
         try:
             self._send(peer, left, recorder, self._stopped(row))
+        except NothingAccepted as error:
+            known = all(answered.get(file.sop_instance_uid) == scu.SOP_CLASS_NOT_SUPPORTED for file in left)
+            problem = "" if known else str(error)  # it says again what it has answered to each of them before
         except (PeerUnreachable, ConfigError) as error:
             problem = str(error)
         finally:

@@ -18,6 +18,7 @@ __all__ = [
     "NodeError",
     "NotAllowed",
     "NotFound",
+    "NothingAccepted",
     "PeerRefused",
     "PeerUnreachable",
     "RefusedInput",
@@ -121,6 +122,10 @@ class PeerUnreachable(NodeError):
 
     exit_code = Exit.UNREACHABLE
     http_status = 504
+
+
+class NothingAccepted(PeerUnreachable):
+    """The peer answers, and accepts none of the presentation contexts proposed."""
 
 
 class PeerRefused(NodeError):

@@ -23,7 +23,7 @@ from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]
 
 from dicomnode import tls
 from dicomnode.config import Peer
-from dicomnode.errors import PeerUnreachable
+from dicomnode.errors import NothingAccepted, PeerUnreachable
 from dicomnode.headers import UNREADABLE
 from dicomnode.requesting import keep_answers_for_the_asker, limit_pdu, on_connected, requestor
 
@@ -194,7 +194,7 @@ def open_association(
                               f"Remedy: make our AE title {calling_ae} and address known there.")
     if association.acceptor.primitive is not None:
         shown = ", ".join(sorted({UID(str(context.abstract_syntax)).name for context in contexts}))
-        raise PeerUnreachable(f"{named(peer)} accepts no presentation context for {shown}. "
+        raise NothingAccepted(f"{named(peer)} accepts no presentation context for {shown}. "
                               "Remedy: let it accept this SOP class of us.")
     asked = "" if secure is None else ", or does not accept our certificate (tls.certificate)"
     raise PeerUnreachable(f"{named(peer)} does not answer{asked}. "

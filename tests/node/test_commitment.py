@@ -6,7 +6,7 @@ import itertools
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ class Archive:
     """
 
     def __init__(self, *, answer: str | int = "same", verdict: Callable[[str], int | None] = lambda _: 0,
-                 offers: bool = True, finds: bool = True) -> None:
+                 offers: bool = True, finds: bool = True, stores: Sequence[str] = (PET,)) -> None:
         self.answer, self.verdict, self.finds = answer, verdict, finds
         self.stored: list[str] = []
         self.hidden: set[str] = set()
@@ -66,7 +66,7 @@ class Archive:
         self.statuses: list[int] = []
         self.port = free_port()
         ae = AE("ARCHIVE")
-        for uid in (PET, Verification, StudyRootQueryRetrieveInformationModelFind,
+        for uid in (*stores, Verification, StudyRootQueryRetrieveInformationModelFind,
                     *([StorageCommitmentPushModel] if offers else [])):
             ae.add_supported_context(uid)
         self._server = ae.start_server(("127.0.0.1", self.port), block=False, evt_handlers=[
