@@ -7,9 +7,10 @@ All values are in display units: SUVbw where the headers lead to it; else kBq/mL
 ("counts"). Why there is no SUV stands in measures["unit_note"].
 
 The grey scale ("top") is shared by before and after: the 99th percentile of the body in the source's coronal MIP
-(pixels above half of its mean). Where the field is longer than 400 mm, kidneys and bladder may be in it: then at most
-three times the 90th percentile, and at most SUV 15, so that they saturate rather than pale all else. At least SUV 5; no
-more than the highest value of the two; rounded up to 1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8 or 10 times a power of ten.
+(pixels above half of the median of those that reach a tenth of the mean). Where the field is longer than 400 mm,
+kidneys and bladder may be in it: then at most three times the 90th percentile, and at most SUV 15, so that they
+saturate rather than pale all else. At least SUV 5; no more than the highest value of the two; rounded up to 1, 1.2,
+1.5, 2, 2.5, 3, 4, 5, 6, 8 or 10 times a power of ten.
 
 Pictures are kept in whole steps of a thousandth of `top` (coarser where a value lies above 65 times of it), which is
 below what a screen shows, and take a few MB. Making them loads scipy and, for the residual of a method with a kernel,
@@ -134,7 +135,8 @@ def shared_top(coronal: Image, highest: float, *, unit: str, length_mm: float) -
     """
     if highest <= 0:
         return 1.0
-    body = coronal[coronal > max(0.0, float(coronal.mean(dtype=np.float64)) / 2)]
+    bright = coronal[coronal > max(0.0, float(coronal.mean(dtype=np.float64)) / 10)]
+    body = bright[bright > np.median(bright) / 2] if bright.size else bright
     wanted = float(np.percentile(body, 99)) if body.size else highest
     if length_mm > LONG_MM and body.size:
         wanted = min(wanted, 3 * float(np.percentile(body, 90)))
