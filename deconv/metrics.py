@@ -63,7 +63,11 @@ def recovery_coefficients(image: ArrayLike, phantom: Phantom) -> tuple[Recovery,
 
 
 def activity_change(image: ArrayLike, source: ArrayLike) -> float:
-    """Relative change of total activity from `source` to `image` over the same field of view: means, so any grids."""
+    """Relative change of total activity from `source` to `image` over the same field of view: means, so any grids.
+
+    >>> activity_change([2.0, 4.0], [2.0, 2.0])
+    0.5
+    """
     before = float(np.mean(np.asarray(source), dtype=np.float64))
     if before == 0:
         raise ValueError("the source holds no activity")
@@ -89,6 +93,10 @@ def kernel_fwhm_mm(kernel: ArrayLike, spacing: Sequence[float]) -> tuple[float, 
     Half maximum is found by linear interpolation between voxels (NEMA NU 2); the maximum is that of a parabola
     through the three highest neighbours, so a width between voxels is not overestimated. A profile that does not
     fall to half within the kernel is as wide as the kernel.
+
+    >>> from deconv.kernels import gaussian
+    >>> [round(width, 1) for width in kernel_fwhm_mm(gaussian(6.0, (1.0, 1.0, 1.0)), (1.0, 1.0, 1.0))]
+    [6.1, 6.1, 6.1]
     """
     k = np.asarray(kernel, dtype=np.float64)
     peak = np.unravel_index(int(k.argmax()), k.shape)

@@ -96,7 +96,15 @@ class Config(Section):
 
 
 def parse(text: str, *, origin: str = "configuration") -> Config:
-    """A Config from TOML text. Raises ConfigError naming `origin`, each wrong key and the reason."""
+    """A Config from TOML text. Raises ConfigError naming `origin`, each wrong key and the reason.
+
+    >>> parse('[node]\\nae_title = "NBD"').node.ae_title
+    'NBD'
+    >>> parse("[node]\\ncolour = 1")
+    Traceback (most recent call last):
+    dicomnode.errors.ConfigError: configuration is not usable:
+      node.colour: unknown key
+    """
     try:
         return _checked(Config.model_validate(tomllib.loads(text)), origin)
     except tomllib.TOMLDecodeError as error:

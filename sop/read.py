@@ -56,6 +56,20 @@ def read_series(
                       "slice-count", "single-slice"
         its values    "units-missing", "units-differ", "units-unsupported", "rescale"
         its bytes     "unreadable", "malformed", "truncated", "undecodable", "no-pixels", "pixel-format", "too-large"
+
+    >>> from datetime import datetime; from tempfile import TemporaryDirectory
+    >>> from sop.phantom import write_phantom; from sop.suv import suv_factors
+    >>> pet = Volume.axial(np.full((2, 4, 4), 5000.0), (3, 4, 4))
+    >>> with TemporaryDirectory() as folder:
+    ...     study = write_phantom(Path(folder), pet, None, name="DOC", now=datetime(2026, 1, 2), suv_1_bqml=5000.0)
+    ...     volume, info = read_series(study.pet)
+    >>> volume.shape, volume.unit, info.modality, round(float(volume.array.max()))
+    ((2, 4, 4), 'Bq/ml', 'PT', 5000)
+    >>> round(float(volume.array.max()) * suv_factors(info).require("bw"), 3)  # SUVbw
+    1.0
+    >>> read_series([])
+    Traceback (most recent call last):
+    sop.errors.Refused: study unknown, series unknown: no instance was given. Remedy: name at least one DICOM file.
     """
     study = series = ""
     try:

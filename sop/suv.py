@@ -118,6 +118,13 @@ def suv_factors(source: SeriesInfo | Dataset | Sequence[Dataset]) -> SUVFactors:
     source   a SeriesInfo, or headers of one PET series: all of them where Series Time may lie after Acquisition Time.
 
     Never raises for missing information: the Refused stands in the field.
+
+    >>> header = Dataset(); header.Units, header.CorrectedImage = "GML", ["ATTN", "DECY"]
+    >>> suv_factors(header).require("bw")
+    1.0
+    >>> header.Units = "BQML"
+    >>> suv_factors(header).bw.code
+    'weight-missing'
     """
     headers = _headers(source)
     study, series = text(headers[0], "StudyInstanceUID"), text(headers[0], "SeriesInstanceUID")
