@@ -66,6 +66,7 @@ when = {{ Modality = "PT" }}
 method = "{method}"
 preset = "{preset}"
 send_to = ["demo"]
+also = ["report", "kernel", "pictures"]
 """
 
 
@@ -91,7 +92,9 @@ def run(out_dir: Path, *, method: str, preset: str, console: Console) -> dict[st
         job = _wait(out_dir / "node" / "data", study.pet_series_uid, console)
     seconds = time.monotonic() - started
     received = sorted((out_dir / "received").glob("*.dcm"))
-    console.print(f"4  The derived series came back: {len(received)} images")
+    beside = list((out_dir / "received" / "also").glob("*.dcm"))
+    console.print(f"4  The derived series came back: {len(received)} images; beside it {len(beside)} objects: report, "
+                  "SUV mapping, kernel, pictures")
     result = _judge(out_dir, phantom, study, received, job)
     result |= {"seconds": round(seconds, 1), "method": method, "preset": preset, "folder": str(out_dir)}
     (out_dir / MARK).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -123,16 +126,18 @@ def _free_port() -> int:
 
 @contextmanager
 def _peer(folder: Path) -> Iterator[int]:
-    """A Storage SCP that keeps what it is sent as files in `folder`; yields its port."""
+    """A Storage SCP that keeps what it is sent as files in `folder`, what is no PET below `also`; yields its port."""
     from pynetdicom import AE, AllStoragePresentationContexts, evt
-    from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]
+    from pynetdicom.sop_class import PositronEmissionTomographyImageStorage, Verification  # type: ignore[attr-defined]
 
     from dicomnode.requesting import set_nodelay
 
-    folder.mkdir(parents=True)
+    (folder / "also").mkdir(parents=True)
 
     def keep(event: Event) -> int:
-        path = folder / f"{event.dataset.SOPInstanceUID}.dcm"
+        dataset = event.dataset
+        pet = dataset.SOPClassUID == PositronEmissionTomographyImageStorage
+        path = (folder if pet else folder / "also") / f"{dataset.SOPInstanceUID}.dcm"
         path.write_bytes(event.encoded_dataset())
         return 0x0000
 
@@ -272,4 +277,5 @@ def _tell(console: Console, result: dict[str, Any]) -> None:
         console.print(f"   {item['name']}: {item['message']}", markup=False)
     folder = result["folder"]
     console.print(f"\nPicture  {result['picture']}\nDICOM    {folder}/source (sent), {folder}/received (derived)\n"
-                  f"History  dicomnode show PHANTOM --config {folder}/node/dicomnode.toml", soft_wrap=True)
+                  f"History  dicomnode show PHANTOM --config {folder}/node/dicomnode.toml\n"
+                  f"Page     dicomnode web --config {folder}/node/dicomnode.toml --link", soft_wrap=True)

@@ -39,6 +39,16 @@ def test_the_derived_series_comes_back_and_verifies(demo):
     assert dcmread(received[0]).StudyInstanceUID == dcmread(source[0]).StudyInstanceUID
 
 
+def test_what_goes_beside_the_series_comes_too(demo):
+    """Measurement report, SUV mapping, kernel and pictures, of the same study."""
+    beside = [dcmread(path) for path in (Path(demo["folder"]) / "received" / "also").glob("*.dcm")]
+    source = dcmread(next((Path(demo["folder"]) / "source" / "PET").glob("*.dcm")))
+    assert {ds.SOPClassUID.name.removesuffix(" Storage") for ds in beside} == {
+        "Comprehensive 3D SR", "Real World Value Mapping", "Parametric Map",
+        "Secondary Capture Image"}
+    assert {ds.StudyInstanceUID for ds in beside} == {source.StudyInstanceUID}
+
+
 def test_the_spheres_are_sharper(demo):
     """The error against the truth falls by more than half; every sphere of 6 mm and more recovers more."""
     assert demo["nrmse"]["after"] < 0.5 * demo["nrmse"]["before"]
