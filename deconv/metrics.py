@@ -96,7 +96,7 @@ def kernel_fwhm_mm(kernel: ArrayLike, spacing: Sequence[float]) -> tuple[float, 
 
     >>> from deconv.kernels import gaussian
     >>> [round(width, 1) for width in kernel_fwhm_mm(gaussian(6.0, (1.0, 1.0, 1.0)), (1.0, 1.0, 1.0))]
-    [6.1, 6.1, 6.1]
+    [6.0, 6.0, 6.0]
     """
     k = np.asarray(kernel, dtype=np.float64)
     peak = np.unravel_index(int(k.argmax()), k.shape)
