@@ -30,8 +30,8 @@ from dicomnode.web.refusals import Refusals
 from dicomnode.web.session import Sessions
 from dicomnode.web.site import Site, SiteNow
 
-__all__ = ["COOKIE", "CSRF_FIELD", "CSRF_HEADER", "TOKEN_FILE", "Door", "Operator", "User", "Viewer", "address_of",
-           "is_https", "operator_token", "require_own_page", "viewer_token"]
+__all__ = ["COOKIE", "CSRF_FIELD", "CSRF_HEADER", "TOKEN_FILE", "Door", "Known", "Operator", "User", "Viewer",
+           "address_of", "is_https", "operator_token", "require_own_page", "viewer_token"]
 
 TOKEN_FILE = "web.token"  # in data_dir, where web.token_file is not set
 SHORTEST = 16  # characters of a token
@@ -146,7 +146,7 @@ def is_https(request: Request, config: Config) -> bool:
 # --- who
 
 
-def _who(request: Request, site: Site, door: Door, address: str) -> tuple[User, str | None]:
+def _who(request: Request, site: Site, door: Door) -> tuple[User, str | None]:
     """The user, and what an unsafe request of theirs has to carry; None: nothing. Raises _Refused."""
     scheme, _, given = request.headers.get("Authorization", "").partition(" ")
     if scheme.lower() == "bearer":
@@ -177,7 +177,7 @@ async def _viewer(request: Request, site: SiteNow, _bearer: Annotated[object, Se
         raise HTTPException(429, "too many wrong tokens came from this address. Remedy: wait, then try again",
                             {"Retry-After": f"{wait_s:.0f}"})
     try:
-        user, csrf = _who(request, site, door, address)
+        user, csrf = _who(request, site, door)
     except _Refused as refused:
         if refused.code:
             await run_in_threadpool(door.refusals.record, address, refused.code, refused.reason,
@@ -187,6 +187,16 @@ async def _viewer(request: Request, site: SiteNow, _bearer: Annotated[object, Se
     if csrf is not None and request.method not in SAFE:
         await require_own_page(request, site, csrf)
     return user
+
+
+async def _known(request: Request, site: SiteNow) -> User | None:
+    """Who asks; None for somebody unknown. A token that is shown has to be right, or this would tell which one is."""
+    if "Authorization" in request.headers:
+        return await _viewer(request, site, None, None)
+    try:
+        return _who(request, site, request.app.state.door)[0]
+    except _Refused:
+        return None
 
 
 async def _operator(request: Request, site: SiteNow, user: Annotated[User, Depends(_viewer)]) -> User:
@@ -237,3 +247,5 @@ async def _refuse(request: Request, site: Site, code: str, reason: str) -> None:
 #: Arguments of a handler: who asks; with Operator, refused unless they may act.
 Viewer = Annotated[User, Depends(_viewer)]
 Operator = Annotated[User, Depends(_operator)]
+#: Who asks, where that is known: for what everybody may ask.
+Known = Annotated[User | None, Depends(_known)]

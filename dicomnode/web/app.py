@@ -12,7 +12,22 @@ from starlette.types import Scope
 
 from dicomnode import __version__
 from dicomnode.config import Config
-from dicomnode.web import alerts, login, metrics, nights, overview, peers, problems, reports, studies
+from dicomnode.web import (
+    actions,
+    alerts,
+    api,
+    health,
+    images,
+    login,
+    metrics,
+    nights,
+    overview,
+    peers,
+    problems,
+    reports,
+    studies,
+    study,
+)
 from dicomnode.web.access import Door
 from dicomnode.web.security import Gate
 from dicomnode.web.site import FOLDER, Site
@@ -22,20 +37,23 @@ __all__ = ["create"]
 YEAR_S = 365 * 86400
 
 #: Every part of the site; each module has one `router`.
-PARTS = (login, overview, studies, nights, alerts, peers, metrics, reports)
+PARTS = (login, overview, studies, nights, alerts, peers, metrics, reports, study, actions, images, api, health)
+FOR_PROGRAMS = (api, health, metrics)  # what OpenAPI tells of
 
 
 def create(config: Config, *, clock: Callable[[], float] = time.time) -> FastAPI:
     """The status page and REST API of one node. Opens its ledger. Raises NodeError, OSError."""
     app = FastAPI(title="dicomnode", version=__version__, docs_url=None, redoc_url=None,
-                  openapi_url="/api/openapi.json", redirect_slashes=False)
+                  openapi_url=None, redirect_slashes=False)
     site = app.state.site = Site.of(config, clock=clock)
     app.state.door = Door.of(site)
     app.add_middleware(Gate, config=config)
     problems.install(app)
     app.mount("/static", _Files(directory=FOLDER / "static"), name="static")
     for part in PARTS:
-        app.include_router(part.router)
+        app.include_router(part.router, include_in_schema=part in FOR_PROGRAMS)
+    app.include_router(api.docs)
+    api.describe(app, config.web.root_path)
     return app
 
 
