@@ -4,7 +4,8 @@ Fixtures (tests/web/conftest.py makes them known):
 
     served     the application over `node` (a copy of the furnished node), on a free port of the loopback; its clock is
                `served.now`, to be moved at will
-    open_page  makes logged-in pages: open_page(), open_page(PHONE), open_page(dark=True)
+    open_page  makes logged-in pages: open_page(), open_page(PHONE), open_page(dark=True), open_page(token=VIEWER'S);
+               token="" does not log in
     page       open_page()
 
 A test fails on any console error, page error, violation of the Content-Security-Policy or request to another origin.
@@ -149,9 +150,12 @@ def opening(browser: Browser, served: Served) -> Iterator[OpenPage]:
     def make(size: tuple[int, int] = DESK, *, dark: bool = False, token: str | None = None) -> Page:
         context = browser.new_context(
             base_url=served.url, viewport={"width": size[0], "height": size[1]}, locale="en-GB",
-            color_scheme="dark" if dark else "light", reduced_motion="reduce",
-            extra_http_headers={"Authorization": f"Bearer {token or served.token}"})
+            color_scheme="dark" if dark else "light", reduced_motion="reduce")
         context.set_default_timeout(10_000)
+        if token != "":
+            answer = context.request.post("/login", form={"token": token or served.token},
+                                          headers={"Origin": served.url}, max_redirects=0)
+            assert answer.status == 303, f"no login: {answer.status} {answer.text()[:300]}"
         contexts.append(context)
         watch.over(context)
         made = context.new_page()
