@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from dicomnode import __version__, views
+from dicomnode import __version__, companions, views
 from dicomnode.config import Config
 from dicomnode.forecast import reasons
 from dicomnode.ledger import Ledger
@@ -35,6 +36,17 @@ Json = Mapping[str, Any]
 NOTICE = "Research use, not for diagnosis"
 
 
+@dataclass(frozen=True)
+class _Study:
+    """What the parts of one report share: where to look, how to say times, and what the study is called."""
+
+    ledger: Ledger
+    spool: Spool
+    config: Config
+    times: Times
+    name: str
+
+
 def compose(ledger: Ledger, spool: Spool, config: Config, study: str, *, now: float) -> StudyReport:
     """The report of one study as it stands at `now`.
 
@@ -45,7 +57,7 @@ def compose(ledger: Ledger, spool: Spool, config: Config, study: str, *, now: fl
     waits = reasons(ledger, config, now=now)
     rows = {row["series_uid"]: row for row in ledger.series_of_study(value["study"])}
     times = Times(config.schedule.timezone)
-    name = value["accession_number"] or value["study"]
+    told = _Study(ledger, spool, config, times, value["accession_number"] or value["study"])
     return StudyReport(
         title="Deblurred PET",
         study=value["study"],
@@ -60,7 +72,7 @@ def compose(ledger: Ledger, spool: Spool, config: Config, study: str, *, now: fl
         verdicts=tuple(tell(value["series"], waits, times)),
         sections=(
             _received(value, rows, times),
-            *(section for series in value["series"] for section in _processed(series, ledger, spool, times, name)),
+            *(section for series in value["series"] for section in _processed(series, told)),
             *(section for series in value["series"] for section in _all_checks(series)),
             _history(value["events"], times),
             _about(),
@@ -101,16 +113,17 @@ def _judged(series: Json, row: Json, times: Times) -> Iterator[Block]:
                         "here comes from the ledger.")
 
 
-def _processed(series: Json, ledger: Ledger, spool: Spool, times: Times, study: str) -> Iterator[Section]:
+def _processed(series: Json, told: _Study) -> Iterator[Section]:
     """One part for each series that has a job: its newest job in full, the earlier ones in a table."""
     if not series["jobs"]:
         return
     newest = series["jobs"][-1]
-    row = ledger.job(newest["job"])
-    yield Section(f"What was done with {_what(series)}", (_job(newest, row, times), *_earlier(series["jobs"][:-1])))
-    heading = f"{study}, job {newest['job']}: {newest['method']}, preset {newest['preset']}"
-    yield from figures.sections(newest, row, spool, heading)
-    yield Section("Delivery", tuple(_deliveries(newest, row, times)))
+    row = told.ledger.job(newest["job"])
+    yield Section(f"What was done with {_what(series)}",
+                  (_job(newest, row, told.times), *_earlier(series["jobs"][:-1])))
+    heading = f"{told.name}, job {newest['job']}: {newest['method']}, preset {newest['preset']}"
+    yield from figures.sections(newest, row, told.spool, heading)
+    yield Section("Delivery", tuple(_deliveries(newest, row, told)))
 
 
 def _job(job: Json, row: Json, times: Times) -> Facts:
@@ -153,11 +166,14 @@ def _earlier(jobs: Sequence[Json]) -> Iterator[Block]:
                          mark(job["state"], TONES.get(job["state"], "")), job["reason"]] for job in reversed(jobs)))
 
 
-def _deliveries(job: Json, row: Json, times: Times) -> Iterator[Block]:
+def _deliveries(job: Json, row: Json, told: _Study) -> Iterator[Block]:
+    route = told.config.named_route(job["route"])
+    beside = companions.wanted(job["report"], route.also if route else None)
+    objects = (job["derived_instances"] or 0) + companions.instances(beside)
     if job["deliveries"]:
         yield Table.of("To whom the derived series goes",
-                       (("Peer", 16), ("State", 14), ("Images accepted", 16), ("Attempts", 10), ("Done", 16),
-                        ("Answer", 28)), (_delivery(one, job, times) for one in job["deliveries"]))
+                       (("Peer", 16), ("State", 14), ("Objects accepted", 16), ("Attempts", 10), ("Done", 16),
+                        ("Answer", 28)), (_delivery(one, objects, told.times) for one in job["deliveries"]))
     elif job["state"] in ("queued", "running", "failed"):
         yield Paragraph("Nothing is sent before the series is built and checked.")
     else:
@@ -165,7 +181,7 @@ def _deliveries(job: Json, row: Json, times: Times) -> Iterator[Block]:
     yield from _companions((job["report"] or {}).get("also") or {})
     if row["purged_at"]:
         yield Paragraph("The derived files, and the pictures with them, were removed from the node on "
-                        f"{times.minute(views.timestamp(row['purged_at']))} ([retention]).")
+                        f"{told.times.minute(views.timestamp(row['purged_at']))} ([retention]).")
 
 
 def _companions(also: Json) -> Iterator[Block]:
@@ -179,12 +195,12 @@ def _companions(also: Json) -> Iterator[Block]:
         yield Paragraph(f"{name}: was wanted and could not be made: {why}. The derived series goes out without it.")
 
 
-def _delivery(one: Json, job: Json, times: Times) -> list[Cell | object]:
+def _delivery(one: Json, objects: int, times: Times) -> list[Cell | object]:
     remarks = [f"{remark['instances']} answered {remark['status']}" + (f": {remark['comment']}" if remark["comment"]
                                                                         else "") for remark in one["remarks"]]
     proof = f"{one['committed']} confirmed by {one['confirm']}" if one["committed"] else ""
     return [one["peer"], mark(one["state"], TONES.get(one["state"], "")),
-            number(f"{one['accepted']} of {job['derived_instances'] or 0}"), number(one["attempts"]),
+            number(f"{one['accepted']} of {objects}"), number(one["attempts"]),
             times.minute(one["done_at"]), "; ".join(filter(None, [one["reason"], proof, *remarks]))]
 
 

@@ -5,6 +5,7 @@ Everything comes from the job's report in the ledger, which stays when the files
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from zipfile import BadZipFile
@@ -47,25 +48,28 @@ def sections(job: Json, row: Json, spool: Spool, heading: str) -> Iterator[Secti
         return
     yield Section("Result", tuple(_result(report)), level=3)
     if job["derived_series"]:
-        yield Section("Pictures", tuple(_pictures(row, spool, heading)), level=3)
-    measures = report.get("looks")
-    if measures:
+        yield Section("Pictures", tuple(_pictures(report, row, spool, heading)), level=3)
+    measures = report.get("looks") or {}
+    if "regions" in measures:
         yield Section("Regions of highest uptake", tuple(_regions(measures)), level=3)
         yield Section("Profiles through them", tuple(_profiles(measures)), level=3)
     yield Section("Safeguards", tuple(_safeguards(report)), level=3)
 
 
-def _pictures(row: Json, spool: Spool, heading: str) -> Iterator[Block]:
+def _pictures(report: Json, row: Json, spool: Spool, heading: str) -> Iterator[Block]:
     """What dicomnode.qcpictures draws, but for the regions, which the report has as table and charts."""
-    if not row["derived_path"]:
-        yield Paragraph("The pictures were removed with the derived files ([retention]); the figures below are kept.")
+    folder = spool.absolute(row["derived_path"]) if row["derived_path"] else None
+    if folder is None or not folder.is_dir():
+        yield Paragraph("The pictures were removed with the derived files ([retention]); the figures are kept."
+                        if row["purged_at"] else "The derived files, and the pictures with them, are not on disk.")
         return
     try:
-        seen = looks.load(spool.absolute(row["derived_path"]) / looks.LOOKS_FILE)
+        seen = looks.load(folder / looks.LOOKS_FILE)
     except FileNotFoundError:
-        yield Paragraph("There are no pictures: the series was built by a version that made none.")
+        why = (report.get("looks") or {}).get("problem", "the series was built by a version that made none")
+        yield Paragraph(f"There are no pictures: {why}.")
         return
-    except (ValueError, OSError, BadZipFile) as error:
+    except (ValueError, OSError, EOFError, KeyError, BadZipFile, zlib.error) as error:
         yield Paragraph(f"The pictures cannot be read: {error}. Remedy: `dicomnode repair --dry-run` looks what else "
                         "is damaged.")
         return
@@ -108,7 +112,7 @@ def _kernel(metrics: Json, measures: Json) -> str:
     """Along slice, row and column, mm."""
     widths = [metrics.get(f"kernel_fwhm_{axis}_mm") for axis in "dhw"]
     if any(width is None for width in widths):
-        return "none: this method has no kernel" if measures and measures["kernel"] is None else "not measured"
+        return "none: this method has no kernel" if measures.get("kernel", ...) is None else "not measured"
     return _three(widths)
 
 

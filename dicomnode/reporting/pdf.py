@@ -145,7 +145,7 @@ def _verdict(verdict: Verdict) -> Flowable:
 def _sections(sections: Sequence[Section]) -> Iterator[Flowable]:
     for section in sections:
         yield CondPageBreak(45 * mm)
-        yield _Heading(section.title, section.level)
+        yield _Heading.of(section.title, section.level)
         small: list[Chart] = []
         for block in section.blocks:
             if isinstance(block, Chart):
@@ -160,7 +160,7 @@ def _sections(sections: Sequence[Section]) -> Iterator[Flowable]:
 def _block(block: blocks.Block) -> Iterator[Flowable]:
     if isinstance(block, blocks.Paragraph):
         yield _text(block.text, "quiet" if block.quiet else "text")
-    elif isinstance(block, Facts):
+    elif isinstance(block, Facts) and block.rows:
         yield _facts(block)
     elif isinstance(block, Table):
         yield CondPageBreak(28 * mm)
@@ -211,7 +211,7 @@ def _three_abreast(some: Sequence[Chart]) -> Iterator[Flowable]:
     for k in range(0, len(some), 3):
         drawn = []
         for chart in some[k:k + 3]:
-            drawn.append([_Painted(chart, scale), _text(chart.title, "legend")])
+            drawn.append([_Painted(chart, scale), _text(_fitting(chart.title, WIDTH / 3 - 8, 8), "legend")])
         yield Grid([[*drawn, *[Spacer(0, 0)] * (3 - len(drawn))]], colWidths=[WIDTH / 3] * 3, spaceAfter=4,
                    style=[OURS, ("LEFTPADDING", (0, 0), (-1, -1), 0), ("VALIGN", (0, 0), (-1, -1), "TOP")])
 
@@ -233,11 +233,15 @@ class _Painted(Flowable):
 
 
 class _Heading(Text):
-    """A heading that the reader's outline lists."""
+    """A heading that the reader's outline lists: `entry` is its title and depth."""
 
-    def __init__(self, title: str, level: int) -> None:
-        super().__init__(escape(_shown(title, BOLD)), _style(f"h{level}"))
-        self.entry = title, level - 2
+    entry: tuple[str, int] | None = None
+
+    @classmethod
+    def of(cls, title: str, level: int) -> _Heading:
+        made = cls(escape(_shown(title, BOLD)), _style(f"h{level}"))
+        made.entry = title, level - 2
+        return made
 
 
 class _Counting(Canvas):
@@ -271,7 +275,7 @@ class _Document(BaseDocTemplate):
         self.canv.setDateFormatter(lambda *_: f"D:{at:%Y%m%d%H%M%S}+00'00'")
 
     def afterFlowable(self, flowable: Flowable) -> None:
-        if isinstance(flowable, _Heading):
+        if isinstance(flowable, _Heading) and flowable.entry:
             title, depth = flowable.entry
             key = f"heading-{self._entries}"
             self._entries += 1
