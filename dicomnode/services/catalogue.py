@@ -43,13 +43,18 @@ UNION ALL
 SELECT study_uid, derived_series_uid, 'PT', '', '', '', derived_instances, built_at, derived_path, '', NULL
   FROM job WHERE state IN {states} AND derived_series_uid IS NOT NULL AND derived_path IS NOT NULL
    AND purged_at IS NULL {derived_where}
-UNION ALL
-SELECT study_uid, beside.value ->> 'series_uid', beside.value ->> 'modality', '', '', '',
-       beside.value ->> 'instances', built_at, derived_path, beside.value ->> 'kind', NULL
-  FROM job, json_each(report, '$.also.series') AS beside
- WHERE state IN {states} AND report IS NOT NULL AND derived_path IS NOT NULL AND purged_at IS NULL {beside_where}
- ORDER BY at DESC, series_uid
 """
+# What lies beside derived series is told by the reports of their jobs (companions.py): long, and without an index.
+_BESIDE = """
+SELECT study_uid, beside.value ->> 'series_uid' AS series_uid, beside.value ->> 'modality' AS modality,
+       '' AS accession_number, '' AS series_number, '' AS series_description,
+       beside.value ->> 'instances' AS instances, built_at AS at, derived_path AS folder,
+       beside.value ->> 'kind' AS kind, NULL AS purged_at
+  FROM job, json_each(report, '$.also.series') AS beside
+ WHERE state IN {states} AND derived_path IS NOT NULL AND purged_at IS NULL {where}
+"""
+_TELLS = """ AND EXISTS (SELECT 1 FROM json_each(:series) AS wanted WHERE instr(report, wanted.value))
+ AND beside.value ->> 'series_uid' IN (SELECT value FROM json_each(:series))"""
 
 
 @dataclass(frozen=True)
@@ -115,12 +120,12 @@ class Catalogue:
         where = derived_where = beside_where = ""
         parameters: dict[str, str] = {}
         for name, column, derived, beside, uids in (
-                ("studies", "study_uid", "study_uid", "study_uid", study_uids),
-                ("series", "series_uid", "derived_series_uid", "beside.value ->> 'series_uid'", series_uids)):
+                ("studies", "study_uid", "study_uid", " AND study_uid IN (SELECT value FROM json_each(:studies))",
+                 study_uids), ("series", "series_uid", "derived_series_uid", _TELLS, series_uids)):
             if uids:
                 where += f" AND {column} IN (SELECT value FROM json_each(:{name}))"
                 derived_where += f" AND {derived} IN (SELECT value FROM json_each(:{name}))"
-                beside_where += f" AND {beside} IN (SELECT value FROM json_each(:{name}))"
+                beside_where += beside
                 parameters[name] = json.dumps(list(uids))
         if accession_numbers:
             of_studies = (" AND study_uid IN (SELECT study_uid FROM series WHERE accession_number IN "
@@ -128,8 +133,11 @@ class Catalogue:
             where, derived_where = where + of_studies, derived_where + of_studies
             beside_where += of_studies
             parameters["accessions"] = json.dumps(list(accession_numbers))
-        rows = self._ledger.query(_SERIES.format(where=where, derived_where=derived_where,
-                                                 beside_where=beside_where, states=PASSED), parameters)
+        rows = self._ledger.query(_SERIES.format(where=where, derived_where=derived_where, states=PASSED), parameters)
+        known = {row["series_uid"] for row in rows if row["purged_at"] is None}
+        if not series_uids or not known.issuperset(series_uids):
+            rows += self._ledger.query(_BESIDE.format(where=beside_where, states=PASSED), parameters)
+        rows.sort(key=lambda row: (-(row["at"] or 0.0), row["series_uid"]))
         found: dict[str, Series] = {}
         for row in rows:
             one = Series(**{field.name: row[field.name] for field in fields(Series)})
