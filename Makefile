@@ -68,7 +68,7 @@ bench: system-packages $(VENV)/.installed-test
 
 docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
-	@echo "build/site/index.html"
+	@echo "build/site/index.html; with search: $(PYTHON) -m http.server --directory build/site"
 
 system-packages:
 	@PYTHON="$(PYTHON)" sh scripts/system-packages.sh

@@ -14,7 +14,7 @@ from pydicom.uid import UID, ExplicitVRLittleEndian
 from pynetdicom import AE, evt
 from pynetdicom.presentation import PresentationContext
 
-from dicomnode import commitment, delivery, errors, keeping, proof, query, scp, scu, stow
+from dicomnode import __version__, commitment, delivery, errors, keeping, proof, query, scp, scu, stow
 from dicomnode.config import Config, Peer, parse
 from dicomnode.errors import NodeError, PeerUnreachable
 from dicomnode.ledger import Ledger
@@ -91,6 +91,11 @@ def _negotiated(contexts: list[PresentationContext]) -> dict[str, set[str]]:
 
 RECEIVE, SEND, QUERY = (_part(f"4.2.{number} {name} AE")
                         for number, name in ((2, "RECEIVE"), (3, "SEND"), (4, "QUERY")))
+
+
+def test_the_statement_is_of_this_version():
+    """Whoever reads it knows of which software it speaks."""
+    assert f"Product: dicomnode {__version__}." in PAGE
 
 
 # --- the acceptor
