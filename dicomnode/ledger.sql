@@ -58,6 +58,7 @@ CREATE INDEX IF NOT EXISTS series_study ON series (study_uid);
 CREATE INDEX IF NOT EXISTS series_state ON series (state, last_at);
 CREATE INDEX IF NOT EXISTS series_newest ON series (first_at DESC, series_uid);  -- since version 3
 CREATE INDEX IF NOT EXISTS series_accession ON series (accession_number);  -- since version 3
+CREATE INDEX IF NOT EXISTS series_from ON series (calling_ae, first_at);  -- since version 3
 
 CREATE TABLE IF NOT EXISTS job (
     id                 INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -98,6 +99,7 @@ CREATE INDEX IF NOT EXISTS job_state ON job (state, run_after);
 CREATE INDEX IF NOT EXISTS job_turn ON job (state, run_after, route, urgent, priority, lease_until);
 CREATE INDEX IF NOT EXISTS job_series ON job (series_uid);
 CREATE INDEX IF NOT EXISTS job_derived ON job (derived_series_uid);
+CREATE INDEX IF NOT EXISTS job_finished ON job (finished_at) WHERE finished_at IS NOT NULL;  -- since version 3
 
 CREATE TABLE IF NOT EXISTS delivery (
     id         INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -115,6 +117,7 @@ CREATE TABLE IF NOT EXISTS delivery (
     UNIQUE (job_id, peer)
 );
 CREATE INDEX IF NOT EXISTS delivery_state ON delivery (state, next_at);  -- since version 3
+CREATE INDEX IF NOT EXISTS delivery_peer ON delivery (peer, state, done_at);  -- since version 3
 CREATE INDEX IF NOT EXISTS delivery_proof ON delivery (prove_at) WHERE prove_at IS NOT NULL;
 
 CREATE TABLE IF NOT EXISTS delivery_instance (
@@ -143,6 +146,8 @@ CREATE TABLE IF NOT EXISTS event (
 CREATE INDEX IF NOT EXISTS event_study ON event (study_uid, id);
 CREATE INDEX IF NOT EXISTS event_series ON event (series_uid, id);
 CREATE INDEX IF NOT EXISTS event_job ON event (job_id, code) WHERE job_id IS NOT NULL;  -- since version 3
+-- What belongs to no study: few among millions (since version 3).
+CREATE INDEX IF NOT EXISTS event_of_node ON event (id) WHERE kind NOT IN ('series', 'job', 'delivery');
 
 CREATE TABLE IF NOT EXISTS psf (            -- the PSF library (since version 2)
     id               INTEGER PRIMARY KEY AUTOINCREMENT,

@@ -33,8 +33,9 @@ SELECT job.id AS job, job.study_uid AS study, job.series_uid AS series, series.a
   FROM job JOIN series USING (series_uid)"""
 _QUEUED = f"{_JOB} WHERE job.state IN ('queued', 'failed') ORDER BY job.urgent DESC, job.priority DESC, job.id"
 _SENDING = f"{_JOB} WHERE job.state IN ('built', 'sending') ORDER BY job.id"
+# The plus keeps sqlite from the index of states, which would lead to all that was ever delivered.
 _DELIVERED = f"""{_JOB} WHERE job.id IN (SELECT id FROM job WHERE finished_at IS NOT NULL ORDER BY finished_at DESC
-                        LIMIT {5 * DELIVERED}) AND job.state IN ('delivered', 'committed')
+                        LIMIT {5 * DELIVERED}) AND +job.state IN ('delivered', 'committed')
  ORDER BY job.finished_at DESC LIMIT {DELIVERED}"""
 _COMING = """
 SELECT study_uid AS study, series_uid AS series, accession_number, modality, series_description, instances, state, code,
@@ -65,7 +66,7 @@ def tonight(ledger: Ledger, config: Config, machine: Machine, *, now: float) -> 
         **{name: rows[:SHOWN] for name, rows in lists.items()},
         "more": {name: max(0, len(rows) - SHOWN) for name, rows in lists.items()},
         "delivered": [_timed(row, "created_at", "built_at", "finished_at") for row in ledger.query(_DELIVERED)],
-        "delivered_24h": ledger.query("SELECT count(*) AS n FROM job WHERE finished_at > ? AND state IN "
+        "delivered_24h": ledger.query("SELECT count(*) AS n FROM job WHERE finished_at > ? AND +state IN "
                                       "('delivered', 'committed')", (now - DAY_S,))[0]["n"],
         "last_received_at": status["last_received_at"],
         "forecast": plan["counts"],

@@ -45,7 +45,12 @@ def night(request: Request, day: str, site: SiteNow, user: Viewer) -> HTMLRespon
     if not path.exists():
         raise HTTPException(404, f"there is no report of {path.stem}. Remedy: reports are kept for "
                             f"{reconcile.KEPT_DAYS} days; the page Nights lists them")
-    return _page(request, site, _read(path), written=True)
+    try:
+        report = _read(path)
+    except (OSError, ValueError) as error:
+        raise HTTPException(409, f"the report of {path.stem} cannot be read: {error}. Remedy: `dicomnode reconcile` "
+                            "writes it anew") from error
+    return _page(request, site, report, written=True)
 
 
 def _page(request: Request, site: Site, report: dict[str, Any], *, written: bool) -> HTMLResponse:
