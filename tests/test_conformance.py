@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from pydicom.dataset import Dataset
 from pydicom.uid import UID, ExplicitVRLittleEndian
@@ -15,6 +16,7 @@ from pynetdicom import AE, evt
 from pynetdicom.presentation import PresentationContext
 
 from dicomnode import __version__, commitment, delivery, errors, keeping, proof, query, scp, scu, stow
+from dicomnode.companions import MODALITIES
 from dicomnode.config import Config, Peer, parse
 from dicomnode.errors import NodeError, PeerUnreachable
 from dicomnode.ledger import Ledger
@@ -23,8 +25,14 @@ from dicomnode.services import commitscp, desk, findscp, moving
 from dicomnode.spool import Spool
 from dicomnode.tls import TLS12_SUITES
 from sop import codes as our_codes
+from sop.companion import KINDS
+from sop.kernel import kernel_object
+from sop.mapping import mapping_object
+from sop.picture import picture_objects
+from sop.report import report_object
 from sop.uids import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
 from tests.peers import ReceiverProcess
+from tests.sop.companion_origin import kernel, origin, read, told
 from tests.sop.derived_series import derive, read_back, source_series
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -454,6 +462,29 @@ def _derived(folder: Path) -> tuple[Dataset, Dataset]:
     after = read_back(derive(sources, folder / "derived")[0].files)[0]
     parent = after.SourceImageSequence[0].ReferencedSOPInstanceUID
     return next(ds for ds in sources if ds.SOPInstanceUID == parent), after
+
+
+def test_what_goes_out_beside_the_derived_pet(tmp_path):
+    """SOP class, modality and no private attribute of each companion, as they are really written."""
+    start = origin(tmp_path)
+    series = {kind: start.series(kind) for kind in KINDS}
+    written = {
+        "measurement report": report_object(told(), start, series["report"], mapping=series["mapping"]),
+        "kernel": kernel_object(kernel(), (3.0, 2.0, 2.0), start, series["kernel"]),
+        "QC pictures": picture_objects([("one", np.zeros((8, 8, 3), np.uint8))], start, series["pictures"])[0],
+        "mapping to SUV": mapping_object(start, series["mapping"]),
+    }
+    rows = {row[0]: row for row in _table("object | IOD | modality", _part("B.2 Companions"))}
+    assert set(rows) == set(written)
+    classes = set()
+    for name, content in written.items():
+        made = read(content)
+        classes.add(str(made.SOPClassUID))
+        assert made.SOPClassUID.name.removesuffix(" Storage").removesuffix(" Image") in rows[name][1]
+        assert made.Modality == rows[name][2]
+        assert not [element for element in made.iterall() if element.tag.is_private], name
+    assert classes | {"1.2.840.10008.5.1.4.1.1.128"} == CREATED
+    assert set(MODALITIES.values()) == {row[2] for row in rows.values()} and set(MODALITIES) == set(KINDS)
 
 
 def test_our_own_codes():
