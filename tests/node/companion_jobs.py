@@ -53,7 +53,7 @@ def built(line: Line, *, send_to: tuple[str, ...] = ("PACS",)) -> int:
                                      send_to, ("1",)), now=line.now)
     target = line.spool.data_dir / "derived" / str(job)
     shutil.copytree(folder, target)
-    (target / REPORT_FILE).write_text(json.dumps(report), encoding="utf-8")
+    (target / REPORT_FILE).write_text(json.dumps({**report, "identity": "id"}), encoding="utf-8")
     line.ledger.claim("w", now=line.now, lease_s=60)
     assert line.ledger.built(job, "w", now=line.now, derived_instances=report["derived_instances"], report=report,
                              derived_series_uid=report["derived_series_uid"], derived_path=f"derived/{job}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,6 @@ from tests.node.test_delivery import FAST, deliver, states
 from tests.node.test_executor import PRELUDE, attempt, queued
 from tests.node.test_pipeline import run
 from tests.peers import StoragePeer
-
-NOT_SUPPORTED = 0x0122
 
 
 @pytest.fixture
@@ -184,13 +183,11 @@ say(kind="built", report={"derived_series_uid": "2.25.77", "derived_instances": 
 
 
 def _python(program: str) -> tuple[str, ...]:
-    import sys
-
     return (sys.executable, "-I", "-c", PRELUDE + program)
 
 
-def test_a_companion_that_differs_from_what_was_sent_does_not_go_out_unasked(tmp_path: Path, peer: StoragePeer) -> None:
-    """Computed again, other bytes under the same UIDs: as for the series itself."""
+def test_a_companion_that_differs_from_what_was_sent_is_noticed() -> None:
+    """Computed again, other bytes under the same UIDs: as for the series itself it does not go out unasked."""
     _, report = made()
     other = json.loads(json.dumps(report))
     name = next(iter(other["also"]["series"][0]["files"]))
@@ -229,6 +226,22 @@ def test_a_companion_that_is_missing_on_disk_holds_the_job_before_anything_is_se
         assert (job["state"], job["code"], peer.datasets) == ("held", "derived-lost", [])
         total = 24 + len(objects())
         assert f"{total - 1} of {total} derived instances are left" in job["reason"]
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_retry_after_a_companion_was_lost_computes_again_and_takes_no_folder_that_is_not_whole(
+        tmp_path: Path, lost: bool) -> None:
+    """An attempt finds what an earlier one left: whole, it is entered as it lies; without a companion, made anew."""
+    with Line(tmp_path, route=ROUTE) as line:
+        job_id = built(line)
+        if lost:
+            (line.spool.data_dir / "derived" / str(job_id) / "also" / "report-1.dcm").unlink()
+        with line.ledger.transaction() as db:
+            db.execute("UPDATE job SET state = 'queued', derived_path = NULL, derived_instances = NULL, inputs = '[]'")
+        executor = Executor(line.config, line.ledger, line.spool, clock=line.clock, full_settings=full_settings_here,
+                            runner=ChildRunner(command=_python("build()")))
+        job = attempt(line, executor)
+        assert (job["state"], job["derived_instances"]) == ("built", 2 if lost else 24)
 
 
 def test_a_peer_that_takes_only_pet_gets_the_pet_and_the_reason_names_the_rest(tmp_path: Path) -> None:

@@ -6,18 +6,22 @@ import io
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from highdicom.sr import srread
+from pydicom.dataset import Dataset
 from pydicom.sr.codedict import codes
 
 from sop.derivation import is_own_output
 from sop.errors import Refused
+from sop.kernel import kernel_object
 from sop.mapping import mapping_object, real_world_slopes
+from sop.picture import picture_objects
 from sop.report import report_object
 from sop.suv import suv_factors
 from tests.dciodvfy import entity_errors, iod_errors
-from tests.factories import pet_series
-from tests.sop.companion_origin import origin, read, told
+from tests.factories import enhanced_pet, pet_series
+from tests.sop.companion_origin import KERNEL_SPACING, kernel, origin, read, told
 from tests.sop.derived_series import source_series, values_of
 
 
@@ -158,6 +162,41 @@ def test_series_numbers_never_meet(tmp_path: Path) -> None:
     assert 10051 not in numbers and len(set(numbers)) == 4
     late = origin(tmp_path, source=source_series(SeriesNumber=2147480000), name="late")
     assert all(late.derived.series_number < late.series(kind).series_number < 2**31 for kind in kinds)
+
+
+def bare() -> list[Dataset]:
+    """A source that lacks what it may lack: type 2 attributes of patient and study."""
+    source = source_series()
+    for ds in source:
+        for keyword in ("StudyID", "ReferringPhysicianName", "PatientBirthDate", "AccessionNumber", "StudyTime"):
+            del ds[keyword]
+    return source
+
+
+ODD = {
+    "enhanced": lambda: [enhanced_pet(slices=12)],
+    "suv": lambda: pet_series(slices=12, units="GML"),
+    "japanese": lambda: source_series(SpecificCharacterSet=["", "ISO 2022 IR 87"],
+                                      PatientName="Yamada^Tarou=\u5c71\u7530^\u592a\u90ce"),
+    "bare": bare,
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_every_companion_of_an_odd_source_is_without_fault(tmp_path: Path, kind: str) -> None:
+    """Frames of one instance, values that are SUV already, two character sets, empty patients."""
+    source = ODD[kind]()
+    made = origin(tmp_path, source=source)
+    contents = [report_object(told(), made, made.series("report"), mapping=made.series("mapping")),
+                mapping_object(made, made.series("mapping")),
+                kernel_object(kernel(), KERNEL_SPACING, made, made.series("kernel")),
+                *picture_objects([("white", np.full((9, 7, 3), 255, np.uint8))], made, made.series("pictures"))]
+    paths = [tmp_path / f"{number}.dcm" for number in range(4)]
+    for path, content in zip(paths, contents, strict=True):
+        path.write_bytes(content)
+        assert not iod_errors(path)
+        assert read(content).PatientName == source[0].PatientName
+    assert not entity_errors([*paths, *made.derived.files], tmp_path)
 
 
 # --- the mapping to SUVbw
