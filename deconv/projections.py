@@ -210,10 +210,13 @@ def _pooling(n: int, most: int) -> int:
 
 
 def _pooled(array: Image, by: tuple[int, int, int]) -> Image:
-    """Largest of each block; what is left over at the far ends is a smaller block."""
+    """Largest of each block, its sizes powers of two; what is left over at the far ends is a smaller block."""
     for axis, size in enumerate(by):
-        if size > 1:
-            array = np.maximum.reduceat(array, np.arange(0, array.shape[axis], size), axis=axis)
+        for _ in range(size.bit_length() - 1):
+            along = np.moveaxis(array, axis, 0)
+            pairs = along[::2].copy()
+            np.maximum(pairs[:len(along) // 2], along[1::2], out=pairs[:len(along) // 2])
+            array = np.moveaxis(pairs, 0, axis)
     return array
 
 

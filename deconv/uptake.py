@@ -108,8 +108,8 @@ def _maxima(source: Volume) -> list[tuple[int, int, int]]:
     reach = np.maximum(1, np.rint(NEAR_MM / source.spacing)).astype(int)
     highest = ndimage.maximum_filter(source.array, size=tuple(2 * reach + 1), mode="nearest")
     plateaus, _ = ndimage.label((source.array == highest) & (source.array > 0), structure=np.ones((3, 3, 3)))
-    numbers, places = np.unique(plateaus, return_index=True)
-    places = places[numbers > 0]
+    summits = np.flatnonzero(plateaus)
+    places = summits[np.unique(plateaus.ravel()[summits], return_index=True)[1]]
     order = np.argsort(-source.array.ravel()[places], kind="stable")
     return [(int(d), int(h), int(w)) for d, h, w in zip(*np.unravel_index(places[order], source.shape))]
 
