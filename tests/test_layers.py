@@ -43,6 +43,8 @@ FORBIDDEN = {
     # what runs beside strangers' jobs on a cluster, and what speaks with it, knows voxels and nothing of DICOM
     **dict.fromkeys(("dicomnode/remote.py", "dicomnode/daskclient.py"),
                     ("pydicom", "pynetdicom", "sop", "dicomnode.ledger", "dicomnode.spool", "dicomnode.config")),
+    "dicomnode/reporting": ("torch", "pynetdicom", "deconv", "sop", "dicomnode.web", "dicomnode.pipeline",
+                            "dicomnode.matcher", "dicomnode.executor", "dicomnode.cli"),
     "dicomnode/pipeline.py": ("pynetdicom", "dicomnode.ledger", "dicomnode.config", "dicomnode.cli"),
 }
 NOBODY_IMPORTS = "dicomnode.cli"  # but __main__ and itself

@@ -229,7 +229,8 @@ def _about() -> Section:
     return Section("How to read this", (
         Paragraph("Before is the PET as it was received, after the derived series: the same field of view on a grid "
                   "twice as fine, at the same scale. SUVmax, SUVmean and SUVpeak are of the regions of highest uptake, "
-                  "found on the received PET and measured at the same place in both.", quiet=True),
+                  "found on the received PET and measured at the same place in both; the peak is the highest mean in a "
+                  "sphere of 1 mL.", quiet=True),
         Paragraph("The kernel is the blur that the method found or was given; its full width at half maximum (FWHM) "
                   "is given along slice, row and column. Gates are measured on the result before it is written, checks "
                   "on the written files by other code; what fails one is held and never sent.", quiet=True),

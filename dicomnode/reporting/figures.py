@@ -29,7 +29,7 @@ def patient(ledger: Ledger, spool: Spool, study: str) -> str:
     for row in ledger.query("SELECT path FROM instance WHERE study_uid = ? ORDER BY received_at", (study,)):
         try:
             header = dcmread(spool.absolute(row["path"]), specific_tags=["PatientName", "PatientID"])
-        except (FileNotFoundError, InvalidDicomError):
+        except (OSError, EOFError, InvalidDicomError):
             continue
         name = str(header.get("PatientName", "")).split("=")[0].replace("^", " ").strip()
         number_of = str(header.get("PatientID", "")).strip()
@@ -101,8 +101,8 @@ def _result(report: Json) -> Iterator[Block]:
         ("Known to", _spread(metrics)),
         ("On the PET's voxels", _three((measures.get("kernel") or {"fwhm_mm": ()})["fwhm_mm"])),
         ("Change of total activity", percent(metrics.get("activity_change"), 3)),
-        ("Residual", f"{figure(metrics.get('residual'), '%')} of the maximum, after blurring again"),
-        ("Median uncertainty", _uncertainty(measures)),
+        ("Residual", _residual(metrics, measures)),
+        ("Uncertainty", _uncertainty(measures)),
         ("Region deblurred", _region(report)),
         ("Settings", _settings(report.get("settings", {}))),
     ])
@@ -127,13 +127,24 @@ def _spread(metrics: Json) -> str:
 
 
 def _uncertainty(measures: Json) -> str:
-    median = (measures.get("uncertainty") or {}).get("median_percent")
-    return "" if median is None else f"{figure(median)} % (one standard deviation, where there is uptake)"
+    spread = measures.get("uncertainty")
+    return "" if spread is None else (f"median {figure(spread['median_percent'])} %, 90th percentile "
+                                      f"{figure(spread['p90_percent'])} % (standard deviation, where there is uptake)")
+
+
+def _residual(metrics: Json, measures: Json) -> str:
+    if metrics.get("residual") is not None:
+        return f"{figure(metrics['residual'], '%')} of the maximum (root mean square, after blurring again)"
+    if "residual_rms" not in measures:
+        return ""
+    return f"{figure(measures['residual_rms'])} {measures['unit']} (source minus {measures['residual_of']})"
 
 
 def _region(report: Json) -> str:
     settings = report.get("settings", {})
-    return " ".join(filter(None, [str(settings.get("region", "")), str(settings.get("region_box", ""))]))
+    box = str(settings.get("region_box") or "").removeprefix("box:").replace(",", ", ")
+    return ": ".join(filter(None, [str(settings.get("region") or ""),
+                                   f"voxels {box} of the source (slice, row, column)" if box else ""]))
 
 
 def _settings(settings: Json) -> str:
@@ -151,6 +162,8 @@ def _regions(measures: Json) -> Iterator[Block]:
     """Before, after and change of the maximum, mean and peak of each region."""
     unit = measures["unit"]
     name = "SUV" if unit.startswith("SUV") else ""
+    if measures["unit_note"]:
+        yield Paragraph(f"No SUV: {measures['unit_note']}.".replace("..", "."))
     if not measures["regions"]:
         yield Paragraph("No region stands out of its surroundings.")
         return

@@ -144,7 +144,7 @@ def _verdict(verdict: Verdict) -> Flowable:
 
 def _sections(sections: Sequence[Section]) -> Iterator[Flowable]:
     for section in sections:
-        yield CondPageBreak(45 * mm)
+        yield CondPageBreak(_first(section))
         yield _Heading.of(section.title, section.level)
         small: list[Chart] = []
         for block in section.blocks:
@@ -155,6 +155,12 @@ def _sections(sections: Sequence[Section]) -> Iterator[Flowable]:
             small = []
             yield from _block(block)
         yield from _three_abreast(small)
+
+
+def _first(section: Section) -> float:
+    """What a heading needs on its page: room for itself and the beginning of what follows."""
+    first = section.blocks[0] if section.blocks else None
+    return 15 * mm + (_size(first)[1] if isinstance(first, Picture) else 30 * mm)
 
 
 def _block(block: blocks.Block) -> Iterator[Flowable]:
@@ -201,9 +207,14 @@ def _cell(cell: Cell) -> Text:
 
 
 def _picture(picture: Picture) -> Flowable:
+    return KeepTogether([Image(BytesIO(picture.png), *_size(picture), hAlign="LEFT"), Spacer(0, 8)])
+
+
+def _size(picture: Picture) -> tuple[float, float]:
+    """Width and height on paper: as wide as the page, as long as it leaves room for a heading."""
     columns, rows = picture.size
     scale = min(WIDTH / columns, (HEIGHT - 30 * mm) / rows, 0.6)
-    return KeepTogether([Image(BytesIO(picture.png), columns * scale, rows * scale, hAlign="LEFT"), Spacer(0, 8)])
+    return columns * scale, rows * scale
 
 
 def _three_abreast(some: Sequence[Chart]) -> Iterator[Flowable]:
