@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -386,3 +387,28 @@ def test_they_are_ignored_when_they_come_back(tmp_path: Path) -> None:
         line.now += 31
         line.matcher().tick()
         assert {line.state(uid) for uid in series} == {("ignored", "own-output")} and len(series) == 4
+
+
+@pytest.mark.slow
+def test_the_node_makes_and_delivers_them_and_a_repeat_gives_the_same_bytes(tmp_path: Path, peer: StoragePeer) -> None:
+    """Matched, built by a child process, delivered; built once more in another: pictures too are the same files."""
+    route = ROUTE.replace('"nearest"', '"tv"').replace('"default"', '"quick"') + 'guide = "never"\n'
+    with Line(tmp_path, port=peer.port, toml=FAST, route=route) as line:
+        line.receive(source())
+        line.now += 31
+        line.matcher().tick()
+        found = []
+        for _ in range(2):
+            executor = Executor(line.config, line.ledger, line.spool, device="cpu", clock=line.clock)
+            job = attempt(line, executor)
+            assert job["state"] == "built", job["reason"]
+            folder = line.spool.absolute(job["derived_path"])
+            found.append({path.name: path.read_bytes() for path in folder.rglob("*.dcm")})
+            if len(found) == 1:
+                shutil.rmtree(folder)
+                line.ledger.set_job(job["id"], "queued", now=line.now)
+                line.now += 5000
+        assert found[0] == found[1] and job["report"]["also"]["left_out"] == {}
+        deliver(line)
+        assert states(line, job["id"]) == ("delivered", ["delivered"])
+        assert len(peer.datasets) == len(found[0]) == 24 + companions.instances(job["report"]["also"]["series"])
