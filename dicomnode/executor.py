@@ -294,6 +294,9 @@ class Executor:
         if kind in ("built", "refused"):  # nothing is left to go on with
             shutil.rmtree(self._checkpoints(job), ignore_errors=True)
         if kind == "built":
+            if problem := outcome["report"].get("looks", {}).get("problem"):
+                log.warning("a derived series goes on without pictures", action="looks_missing", job=job["id"],
+                            reason=problem)
             self._keep(job, folder / "derived.tmp", outcome["report"])
         elif kind == "refused" and outcome["code"] == "method" and job["memory_gb"]:
             self._hold(job, "memory", f"{outcome['reason']}. {MORE_MEMORY} `dicomnode retry job:{job['id']}`")

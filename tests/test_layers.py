@@ -45,6 +45,13 @@ FORBIDDEN = {
                     ("pydicom", "pynetdicom", "sop", "dicomnode.ledger", "dicomnode.spool", "dicomnode.config")),
     "dicomnode/reporting": ("torch", "pynetdicom", "deconv", "sop", "dicomnode.web", "dicomnode.pipeline",
                             "dicomnode.matcher", "dicomnode.executor", "dicomnode.cli"),
+    # what pages show is loaded by them, and made from voxels alone
+    **dict.fromkeys(("deconv/projections.py", "deconv/profiles.py"), ("torch", "scipy", "deconv.result")),
+    **dict.fromkeys(("dicomnode/looks.py", "dicomnode/qcpictures.py"),
+                    ("torch", "pydicom", "pynetdicom", "dicomnode.ledger", "dicomnode.spool", "dicomnode.config",
+                     "dicomnode.pipeline")),
+    "dicomnode/web": ("torch", "pynetdicom", "dicomnode.cli", "dicomnode.pipeline", "dicomnode.matcher",
+                      "dicomnode.executor"),
     "dicomnode/pipeline.py": ("pynetdicom", "dicomnode.ledger", "dicomnode.config", "dicomnode.cli"),
 }
 NOBODY_IMPORTS = "dicomnode.cli"  # but __main__ and itself
@@ -130,6 +137,11 @@ def test_help_loads_nothing_heavy():
     code = ("import sys; sys.argv = ['dicomnode', '--help']\nfrom dicomnode.__main__ import main\n"
             "try: main()\nexcept SystemExit as end: assert end.code == 0")
     assert loaded_by(code) == set()
+
+
+def test_looks_are_loaded_without_what_makes_them():
+    """A page that shows a picture needs numpy alone."""
+    assert loaded_by("import dicomnode.looks, deconv.projections, deconv.profiles") == set()
 
 
 def test_deconv_is_light_until_a_method_is_asked_for():
