@@ -6,6 +6,9 @@ import re
 
 import pytest
 
+from dicomnode.errors import RefusedInput
+from dicomnode.operate import possible
+from dicomnode.web.actions import VERBS
 from tests.web.nodes import Furnished
 
 
@@ -44,6 +47,23 @@ def test_an_action_is_confirmed_done_and_told(client, node, state, verb, becomes
     assert events(client, node, state)[-1]["actor"] == "web:operator"
     page = client.get(answer.headers["Location"], headers={"Accept": "text/html"})
     assert 'class="done card" role="status"' in page.text and "web:operator" in page.text
+
+
+@pytest.mark.parametrize("state", ["delivered", "held", "failed", "queued", "running", "waiting", "ignored"])
+def test_what_is_offered_is_what_is_not_refused(client, node, state):
+    """For every state and verb: `possible` names it, or operate refuses it."""
+    ledger = client.app.state.site.ledger
+    series = node.series[state]
+    for verb, (act, _, _) in VERBS.items():
+        try:
+            with ledger.transaction():
+                act(ledger, series, now=node.now, actor="test")
+                raise InterruptedError  # nothing of it stays
+        except RefusedInput:
+            refused = True
+        except InterruptedError:
+            refused = False
+        assert (verb in possible(ledger, series)) is not refused, verb
 
 
 def test_asking_changes_nothing(client, node):

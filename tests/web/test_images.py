@@ -11,6 +11,8 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from PIL import Image
+from pydicom import dcmread
+from pydicom.uid import RLELossless
 
 from deconv.volume import Volume
 from dicomnode.looks import LOOKS_FILE, load
@@ -161,6 +163,19 @@ def test_what_is_purged_says_so(app, node, client, base):
     assert client.get(f"{base}/mip/after/axial.png").status_code == 404
     found = client.get(f"{base}/viewer", headers={"HX-Request": "true"})
     assert "removed after delivery" in found.text and "data-viewer" in found.text
+
+
+def test_a_compressed_source_shows_the_same_values(app, node):
+    """Sources come as the scanner or PACS sends them; RLE Lossless decodes to what it was made of."""
+    site = app.state.site
+    job = site.ledger.job(node.job)
+    plain = open_pair(site.ledger, site.spool, job).volume("before").array.copy()
+    for row in site.ledger.instances(node.series["delivered"]):
+        path = site.spool.absolute(row["path"])
+        image = dcmread(path)
+        image.compress(RLELossless, generate_instance_uid=False)
+        image.save_as(path)
+    assert np.array_equal(open_pair(site.ledger, site.spool, job).volume("before").array, plain)
 
 
 def test_a_damaged_source_does_not_take_the_derived_series_with_it(app, node):
