@@ -53,6 +53,8 @@ FORBIDDEN = {
     "dicomnode/web": ("torch", "pynetdicom", "dicomnode.cli", "dicomnode.pipeline", "dicomnode.matcher",
                       "dicomnode.executor"),
     "dicomnode/pipeline.py": ("pynetdicom", "dicomnode.ledger", "dicomnode.config", "dicomnode.cli"),
+    "dicomnode/companions.py": ("torch", "pynetdicom", "dicomnode.ledger", "dicomnode.config", "dicomnode.pipeline",
+                                "dicomnode.executor", "dicomnode.delivery"),
 }
 NOBODY_IMPORTS = "dicomnode.cli"  # but __main__ and itself
 
@@ -147,3 +149,8 @@ def test_looks_are_loaded_without_what_makes_them():
 def test_deconv_is_light_until_a_method_is_asked_for():
     """`import deconv` and the value that travels need numpy alone."""
     assert loaded_by("import deconv, deconv.volume, deconv.result") == set()
+
+
+def test_what_tells_of_companions_is_light():
+    """The receiver lists them in queries: highdicom, and what draws pictures, load where companions are made."""
+    assert loaded_by("import dicomnode.companions") == set()
