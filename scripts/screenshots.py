@@ -1,10 +1,10 @@
 """The pictures of the status page in docs/images/web-*.png, taken from a node that it makes itself.
 
-    OMP_NUM_THREADS=1 .venv/bin/python scripts/screenshots.py [--node FOLDER] [--only NAME ...]
+    OMP_NUM_THREADS=1 .venv/bin/python scripts/screenshots.py --node /tmp/pet-node [--only NAME ...]
 
 The node has the head-and-neck phantom, deblurred by nbd best, studies in every other state, and some nights of history.
-Making it takes minutes on a CPU; with --node it is kept in FOLDER and taken again from there the next time. Every page
-is taken light and dark, on a desk's screen and on a phone, each below LARGEST bytes.
+Making it takes minutes on a CPU; with --node it is kept there for the next time (page Node shows that path). Every page
+is taken light and dark, on a desk's screen and on a phone, each picture below LARGEST bytes.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ import argparse
 import fcntl
 import io
 import json
+import math
 import random
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -29,19 +31,31 @@ from playwright.sync_api import Browser, Page, sync_playwright
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
-from dicomnode import workers  # noqa: E402 (the tests' nodes are found by the line above)
+from dicomnode import reconcile, workers  # noqa: E402 (the tests' nodes are found by the line above)
 from dicomnode.alerts import Alerter  # noqa: E402
-from dicomnode.config import parse  # noqa: E402
+from dicomnode.config import Config, parse  # noqa: E402
 from dicomnode.ledger import InstanceRow, Ledger  # noqa: E402
+from dicomnode.memo import set_memo  # noqa: E402
 from dicomnode.spool import Spool  # noqa: E402
 from tests.web.browser import ARGUMENTS, CHROMIUM, DESK, PHONE, Served, serve  # noqa: E402
 from tests.web.nodes import DAY, NOW, Furnished, furnished  # noqa: E402
 
 LARGEST = 250_000
+MARGIN = 24  # CSS pixels
+NEVER_CAME = "ACC891"
 TALLEST = {DESK: 1600, PHONE: 1900}  # CSS pixels: a page that is longer is cut there
 SIZE = (40, 72, 72)
 WORKER, DEVICE = "pet-node:812:cuda:0", "cuda:0"
-TOML = f'[work]\ndevices = ["{DEVICE}"]\n'
+TOML = f"""
+[work]
+devices = ["{DEVICE}"]
+[[peer]]
+name = "PETCT1"
+ae_title = "PETCT1"
+host = "127.0.0.1"
+port = 3
+query = true
+"""
 
 
 @dataclass(frozen=True)
@@ -64,9 +78,9 @@ VIEWS = (
     View("login", "/login", "form", logged_in=False),
     View("tonight", "/"),
     View("studies", "/studies"),
-    View("study", "/studies/{delivered}", "#pictures img"),
-    View("pictures", "/studies/{delivered}", "#pictures img", part="#pictures", every=False),
-    View("slices", "/studies/{delivered}", "#slices img, #slices canvas", part="#slices", every=False),
+    View("study", "/studies/{delivered}", "#pictures"),
+    View("pictures", "/studies/{delivered}", "#pictures", part="#pictures", every=False),
+    View("slices", "/studies/{delivered}", "#slices", part="#slices", every=False),
     View("kernel", "/studies/{delivered}", "#kernel", part="#kernel", every=False),
     View("uptake", "/studies/{delivered}", "#regions", part="#regions", every=False),
     View("gates", "/studies/{delivered}", "#gates", part="#gates", every=False),
@@ -75,6 +89,7 @@ VIEWS = (
     View("held", "/studies/{held}"),
     View("confirm", "/studies/{held}", "main", click='.actions a:has-text("Retry")', every=False),
     View("nights", "/nights"),
+    View("night", "/nights/now", every=False),
     View("alerts", "/alerts"),
     View("node", "/node"),
     View("api", "/api/docs", "body"),
@@ -111,13 +126,23 @@ def node_at(folder: Path) -> Furnished:
         with Ledger(Spool(folder / "data").ledger_path) as ledger:
             furnish_nights(ledger, like=node.series["running"])
             busy(ledger, node)
+            tell(ledger, parse(node.toml))
         note.write_text(json.dumps(asdict(node) | {"folder": str(folder)}), encoding="utf-8")
-    node = Furnished(**json.loads(note.read_text(encoding="utf-8")) | {"folder": folder})
-    with Ledger(Spool(folder / "data").ledger_path) as ledger:
-        alerter = Alerter(parse(node.toml), ledger, Spool(folder / "data"), clock=lambda: NOW)
-        alerter.tick()
-        alerter.close()
-    return node
+    return Furnished(**json.loads(note.read_text(encoding="utf-8")) | {"folder": folder})
+
+
+def tell(ledger: Ledger, config: Config) -> None:
+    """What the node says by itself: reports of the nights, refusals, alerts."""
+    folder = config.node.data_dir
+    for back in range(6):
+        morning = NOW - back * DAY - 17 * 3600
+        reconcile.write(reconcile.report(ledger, config, day=reconcile.local_day(config, morning), now=morning), folder)
+    ledger.event("security", now=NOW - 9000, code="calling-ae", actor="WORKSTATION7",
+                 reason="AE title WORKSTATION7 is not a peer, from 10.20.0.77 (3 more of these since the last note)")
+    set_memo(ledger, reconcile.asked_key("PETCT1"), str(NOW - 1800))
+    alerter = Alerter(config, ledger, Spool(folder), clock=lambda: NOW - 1200)
+    alerter.tick()
+    alerter.close()
 
 
 def busy(ledger: Ledger, node: Furnished) -> None:
@@ -158,6 +183,14 @@ def enter_study(db: Any, ledger: Ledger, one: SimpleNamespace) -> None:
         "'delivered', ?, 1, ?, ?, ?, ?, ?, 534, ?, ?)",
         (one.study, one.pet, one.study, one.ct, one.came + 90, one.came + 90, one.began, one.built, one.built + 40,
          one.derived, DEVICE, json.dumps({"device": DEVICE}))).lastrowid
+    fetched = one.accession != NEVER_CAME
+    db.execute("INSERT INTO source_series (source, series_uid, study_uid, study_date, modality, accession_number, "
+               "instances, wanted, reason, state, attempts, first_seen_at, last_seen_at) "
+               "VALUES ('PETCT1', ?, ?, ?, 'PT', ?, 267, 1, ?, ?, ?, ?, ?)",
+               (one.pet if fetched else f"{one.pet}.2", one.study if fetched else f"{one.study}.2",
+                time.strftime("%Y%m%d", time.gmtime(one.came)), one.accession, "" if fetched else
+                "C-MOVE refused: 0xA801 move destination unknown (given up after 8 attempts)",
+                "arrived" if fetched else "failed", 1 if fetched else 8, one.came, one.built))
     db.execute("INSERT INTO delivery (job_id, peer, state, reason, attempts, next_at, created_at, done_at) "
                "VALUES (?, 'PACS', 'delivered', '534 instances stored', 1, ?, ?, ?)",
                (job, one.built, one.built, one.built + 40))
@@ -204,15 +237,22 @@ def picture(browser: Browser, served: Served, node: Furnished, view: View, size:
         page.click(view.click)
         page.wait_for_selector("dialog[open]")
     settle(page)
-    if view.part:
-        shown = page.locator(view.part).first.screenshot()
-    else:
-        height = page.evaluate("document.documentElement.scrollHeight")
-        page.set_viewport_size({"width": size[0], "height": min(TALLEST[size], max(300, height))})
-        settle(page)
-        shown = page.screenshot()
+    height = page.evaluate("document.documentElement.scrollHeight")
+    limit = math.inf if view.part else TALLEST[size]  # a part: without scrolling, which would move what is sticky
+    page.set_viewport_size({"width": size[0], "height": min(limit, max(300, height))})
+    settle(page)
+    shown = page.screenshot(clip=around(page, view.part) if view.part else None)
     context.close()
     return small(shown)
+
+
+def around(page: Page, part: str) -> Any:
+    """The place of an element and a little of what is around it."""
+    box = page.locator(part).first.bounding_box()
+    if box is None:
+        raise SystemExit(f"{part} is not to be seen")
+    return {"x": max(0, box["x"] - MARGIN), "y": box["y"] - MARGIN / 2, "width": box["width"] + 2 * MARGIN,
+            "height": box["height"] + MARGIN}
 
 
 def settle(page: Page) -> None:

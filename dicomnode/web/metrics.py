@@ -13,7 +13,8 @@ from datetime import datetime
 from itertools import product
 from typing import Any, Generic, TypeVar
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Request
+from fastapi.responses import PlainTextResponse
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import (
     CounterMetricFamily,
@@ -47,10 +48,10 @@ MIB = 2**20
 router = APIRouter()
 
 
-@router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}}, tags=["monitoring"])
-def metrics(request: Request, user: Viewer) -> Response:
+@router.get("/metrics", response_class=PlainTextResponse, tags=["Health"])
+def metrics(request: Request, user: Viewer) -> PlainTextResponse:
     """The node in figures, in the text format of Prometheus."""
-    return Response(generate_latest(_registry(request)), media_type=TEXT)
+    return PlainTextResponse(generate_latest(_registry(request)), media_type=TEXT)
 
 
 def _registry(request: Request) -> CollectorRegistry:
