@@ -1,5 +1,8 @@
 """The whole node in the foreground: a supervisor with the receiver and the worker as child processes.
 
+Where web.enabled is set the status page is a third. Nothing waits for it: whether it comes up or not, the node is ready
+without it and goes on without it; it too is started again.
+
 Prints exactly one line, `ready`, on standard output, when the receiver accepts associations and the worker runs. A
 child that ends is started again after a moment, a longer one when it never was ready. Each says again and again that
 all its threads get on (process.Pulse); one that does not say so any more is ended and started again. Where systemd
@@ -40,6 +43,7 @@ from dicomnode.reload import Reloader
 __all__ = ["PARTS", "Part", "foreground", "run"]
 
 PARTS = ("receive", "work")
+EXTRA = "web"  # where web.enabled is set
 READY = "ready"
 ALIVE = "alive"
 ALIVE_VARIABLE = "DICOMNODE_ALIVE_S"  # for the children: how often they are to print `alive`
@@ -51,6 +55,7 @@ POLL_S = 0.2
 # Before a part that ended is started again. Long waits would keep scanners waiting; these keep a part that fails at
 # once from taking the processor.
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 5.0
+EXTRA_WAIT_S = 60.0
 FIRST_STARTS = 3  # before the node was ever ready: then something is wrong for good, such as a port in use
 CHILD_GRACE_S = 20.0  # enough for the worker to put its jobs back and end what is on its way to peers
 
@@ -85,7 +90,10 @@ def run(config_path: Path, config: Config) -> None:
     tie_to_parent()
     stop, pulse = stop_on_signals(), Pulse()
     configure(config.node)
-    supervisor = _Supervisor([_Child(name, config_path) for name in PARTS], pulse)
+    children = [_Child(name, config_path) for name in PARTS]
+    if config.web.enabled:
+        children.append(_Child(EXTRA, config_path, vital=False))
+    supervisor = _Supervisor(children, pulse)
     on_hangup(supervisor.reload)
     with _Watchdog(pulse):
         try:
@@ -102,10 +110,11 @@ def _say_ready() -> None:
 
 @dataclass
 class _Child:
-    """One part: its process, and when it may start (again)."""
+    """One part: its process, and when it may start (again). `vital`: the node is not ready without it."""
 
     name: str
     config_path: Path
+    vital: bool = True
     process: subprocess.Popen | None = None
     ready: bool = False
     starts: int = 0
@@ -159,7 +168,8 @@ class _Child:
         if self.process.stdout is not None:
             self.process.stdout.close()
         self.process = None
-        self.wait_s = FIRST_WAIT_S if self.ready else min(LONGEST_WAIT_S, self.wait_s * 2)
+        longest_s = LONGEST_WAIT_S if self.vital else EXTRA_WAIT_S
+        self.wait_s = FIRST_WAIT_S if self.ready else min(longest_s, self.wait_s * 2)
         self.start_at = now + self.wait_s
         log.error(f"{self.name} ended, status {code}; started again in {self.wait_s:g} s", action="child_ended",
                   part=self.name, status=code)
@@ -194,15 +204,21 @@ class _Supervisor:
                 if child.process is not None:
                     child.look(now)
             self._listen()
-            if not self._was_ready and all(child.ready for child in self._children):
+            if not self._was_ready and all(child.ready for child in self._children if child.vital):
                 self._was_ready = True
                 _say_ready()
 
     def _start(self, child: _Child) -> None:
-        if not self._was_ready and child.starts >= FIRST_STARTS:
+        if child.vital and not self._was_ready and child.starts >= FIRST_STARTS:
             raise NodeError(f"{child.name} ended {child.starts} times before the node was ready; its messages above "
                             "say why. Remedy: `dicomnode check`.")
-        child.start()
+        try:
+            child.start()
+        except OSError as error:
+            if child.vital:
+                raise
+            child.start_at = time.monotonic() + EXTRA_WAIT_S
+            log.error(f"{child.name} cannot be started: {error}", action="child_not_started", part=child.name)
 
     def _listen(self) -> None:
         running = [child for child in self._children if child.process is not None]

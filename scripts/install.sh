@@ -37,7 +37,7 @@ etc=$destdir/etc/dicomnode
 data=$destdir/var/lib/dicomnode
 units=$destdir/etc/systemd/system
 doc=$destdir/usr/local/share/doc/dicomnode
-services="dicomnode-work.service dicomnode-receive.service"
+services="dicomnode-web.service dicomnode-work.service dicomnode-receive.service"
 # The installer of packages in the new environment; a test gives its own.
 pip=${PIP:-"$venv/bin/python -m pip --disable-pip-version-check"}
 
@@ -113,7 +113,7 @@ install_configuration() {
 }
 
 install_units() {
-    for unit in dicomnode-receive.service dicomnode-work.service dicomnode.target; do
+    for unit in dicomnode-receive.service dicomnode-work.service dicomnode-web.service dicomnode.target; do
         install -d -m 755 "$units"
         sed "s#/opt/dicomnode/#$prefix/#" "$source/systemd/$unit" > "$units/$unit.new"
         chmod 644 "$units/$unit.new"
@@ -201,7 +201,8 @@ remove() {
         # shellcheck disable=SC2086 # words are meant to be split
         systemctl disable --quiet $services dicomnode.target 2>/dev/null || true
     fi
-    rm -f "$units/dicomnode-receive.service" "$units/dicomnode-work.service" "$units/dicomnode.target" \
+    rm -f "$units/dicomnode-receive.service" "$units/dicomnode-work.service" "$units/dicomnode-web.service" \
+        "$units/dicomnode.target" \
         "$units/dicomnode-work.service.d/nvidia.conf" "$destdir/etc/systemd/journald@dicomnode.conf" \
         "$destdir/etc/sysusers.d/dicomnode.conf" "$destdir/etc/tmpfiles.d/dicomnode.conf"
     rm -rf "$venv" "$venv.previous" "$doc"

@@ -75,7 +75,8 @@ def _add(panel: str, commands: dict[str, Callable[..., None]]) -> None:
 
 
 _add("Try", {"demo": running.demo, "phantom": offline.phantom})
-_add("Run", {"serve": running.serve, "receive": running.receive, "work": running.work, "check": looking.check})
+_add("Run", {"serve": running.serve, "receive": running.receive, "work": running.work, "web": running.web,
+             "check": looking.check})
 _add("Look", {"status": looking.status, "jobs": looking.jobs, "show": looking.show, "report": reporting.report,
               "alert": looking.alert,
               "psf": psf.psf, "find": reconciling.find, "reconcile": reconciling.reconcile})

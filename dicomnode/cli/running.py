@@ -1,4 +1,4 @@
-"""Commands that run the node: serve, receive, work, and the demo."""
+"""Commands that run the node: serve, receive, work, web, and the demo."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ import typer
 
 from dicomnode.cli.options import DEFAULT_CONFIG, ConfigOption, JsonOption, console, print_json
 
-__all__ = ["demo", "receive", "serve", "work"]
+__all__ = ["demo", "receive", "serve", "web", "work"]
 
 
 def serve(config: ConfigOption = DEFAULT_CONFIG) -> None:
-    """Run the whole node in the foreground: receiver and worker. Prints `ready` when it accepts associations."""
+    """Run the whole node in the foreground: receiver, worker and, where it is enabled, the status page.
+
+    Prints `ready` when it accepts associations.
+    """
     from dicomnode import serve as node
     from dicomnode.config import load
 
@@ -34,6 +37,26 @@ def work(config: ConfigOption = DEFAULT_CONFIG) -> None:
     from dicomnode import work as worker
 
     node.foreground("work", worker.run, config)
+
+
+def web(
+    config: ConfigOption = DEFAULT_CONFIG,
+    link: Annotated[bool, typer.Option("--link", help="Print an address that lets a browser in once; end.")] = False,
+) -> None:
+    """Run the status page and REST API alone (for systemd)."""
+    if link:
+        import getpass
+        import os
+
+        from dicomnode.config import load
+        from dicomnode.web import login
+
+        typer.echo(login.link(load(config), os.environ.get("SUDO_USER") or getpass.getuser()))
+        return
+    from dicomnode import serve as node
+    from dicomnode.web import run as server
+
+    node.foreground("web", server.run, config)
 
 
 def demo(

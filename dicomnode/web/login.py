@@ -2,23 +2,44 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from typing import Annotated
-from urllib.parse import quote
+from urllib.parse import urlencode
 
 from fastapi import APIRouter, Form, Request
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
 
-from dicomnode.web.access import COOKIE, Door, User, Viewer, address_of, is_https, require_own_page
+from dicomnode.config import Config
+from dicomnode.web.access import (
+    COOKIE,
+    Door,
+    User,
+    Viewer,
+    address_of,
+    is_https,
+    operator_token,
+    require_own_page,
+)
+from dicomnode.web.session import Sessions
 from dicomnode.web.site import Site, SiteNow, page
 
-__all__ = ["login_path", "router"]
+__all__ = ["link", "router"]
 
 router = APIRouter()
 
 
-def login_path(root: str, back: str) -> str:
-    """Where a browser logs in, to come back to the path `back` (of ours, without `root`)."""
-    return f"{root}/login" + (f"?next={quote(back, safe='/')}" if back not in ("", "/") else "")
+def link(config: Config, name: str, *, clock: Callable[[], float] = time.time) -> str:
+    """An address that lets whoever opens it first in as `name`, who may act; for LINK_S seconds.
+
+    Made from the token: who may read its file may do so, whether the server runs or not. Raises ConfigError, OSError.
+    """
+    web = config.web
+    anywhere = web.host in ("0.0.0.0", "::")
+    host = web.hosts[0] if web.hosts and (anywhere or web.certificate) else "127.0.0.1" if anywhere else web.host
+    ticket = Sessions(operator_token(config), None, session_s=0, clock=clock).link(name)
+    return (f"{'https' if web.certificate else 'http'}://{f'[{host}]' if ':' in host else host}:{web.port}"
+            f"/login?{urlencode({'ticket': ticket})}")
 
 
 @router.get("/login", response_class=HTMLResponse)
