@@ -7,6 +7,7 @@ series; equipment, times and UIDs are set here, so that the same input gives the
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -36,6 +37,7 @@ KINDS: Mapping[str, tuple[int, str]] = MappingProxyType({
     "mapping": (4, "NBD SUV mapping"),
 })
 _LARGEST_IS = 2**31 - 1  # PS3.5 6.2
+_MARKS = re.compile(r"\((?:update \d+|preview)\)")  # what tells a derived series from another of the same PET
 # C.7.1.1, C.7.1.3, C.7.2.1 to C.7.2.3: whose study it is; its character set and time zone (C.12.1).
 _SUBJECT = (
     "SpecificCharacterSet", "TimezoneOffsetFromUTC",
@@ -87,6 +89,7 @@ class Origin:
         place, description = KINDS[kind]
         if self.derivation.method != "nbd":
             description = description.replace("NBD", self.derivation.method)
+        description = " ".join((description, *_MARKS.findall(self.derived.series_description)))
         uid = uid_from(self.derivation.uid_root, "companion series", self.derived.series_instance_uid, kind)
         return CompanionSeries(kind, uid, self._number(place), description)
 

@@ -199,6 +199,14 @@ def test_every_companion_of_an_odd_source_is_without_fault(tmp_path: Path, kind:
     assert not entity_errors([*paths, *made.derived.files], tmp_path)
 
 
+def test_an_update_and_another_method_are_told_in_the_description(tmp_path: Path) -> None:
+    """As the derived series tells it: a list of series at the PACS shows which belong together."""
+    update = origin(tmp_path, name="update", series_description="NBD deblurred (update 2)")
+    assert update.series("report").series_description == "NBD report (update 2)"
+    other = origin(tmp_path, name="other", method="tv", preset="preview")
+    assert other.series("mapping").series_description == "tv SUV mapping (preview)"
+
+
 # --- the mapping to SUVbw
 
 
