@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from dicomnode import operate
 from dicomnode.executor import LOST_LIMIT, Executor
@@ -35,12 +36,12 @@ PRELUDE = """
 import json, os, pathlib, signal, sys, time
 order = pathlib.Path(sys.argv[1])
 def say(**message): print(json.dumps(message), flush=True)
-def build():
+def build(**more):
     folder = order.parent / "derived.tmp"
     folder.mkdir()
     for number in range(2):
         (folder / f"{number}.dcm").write_bytes(b"derived")
-    say(kind="built", report={"derived_series_uid": "2.25.77", "derived_instances": 2})
+    say(kind="built", report={"derived_series_uid": "2.25.77", "derived_instances": 2, **more})
 """
 
 
@@ -134,6 +135,16 @@ def test_an_attempt_whose_lease_ran_out_does_not_disturb_the_one_that_took_it_up
         row = line.ledger.job(job_id)
         assert (row["state"], row["lease_owner"], row["attempts"]) == ("running", "second", 2)
     assert folder.is_dir() and list((line.spool.data_dir / "derived").iterdir()) == []
+
+
+def test_a_series_without_pictures_goes_on_and_the_log_says_so(line: Line) -> None:
+    """What the child wrote to its own log goes with its folder; the worker says it, and the report keeps it."""
+    queued(line)
+    with capture_logs() as logs:
+        row = attempt(line, child(line, 'build(looks={"problem": "no pictures: ValueError: odd"})'))
+    assert row["state"] == "built" and row["report"]["looks"]["problem"].endswith("odd")
+    assert [(one["log_level"], one["reason"]) for one in logs if one.get("action") == "looks_missing"] == [
+        ("warning", "no pictures: ValueError: odd")]
 
 
 @pytest.mark.parametrize("other", ["2.25.77", "2.25.78"])
