@@ -38,8 +38,10 @@ from dicomnode.reporting.blocks import (
     Verdict,
     mark,
 )
+from dicomnode.reporting.verdicts import tell
 from dicomnode.reporting.words import Times
 from dicomnode.spool import Spool
+from dicomnode.states import JOB_STATES, SERIES_STATES
 from tests.web.nodes import Furnished, furnished
 
 
@@ -459,3 +461,39 @@ def test_a_report_is_whole_or_not_there(tmp_path, monkeypatch):
 def test_a_file_name_holds_nothing_odd(accession, name):
     """Whatever an accession number is, the file lies in the folder that was named."""
     assert files.file_name(small(accession_number=accession), "pdf") == name
+
+
+# --- what became of it
+
+
+def series(state: str, **changed: Any) -> dict[str, Any]:
+    """A PET series as dicomnode.views.show has it, in some state."""
+    job = {"job": 7, "deliveries": [{"peer": "PACS", "state": "waiting", "reason": "no answer"}]}
+    return {"modality": "PT", "series": "1.2", "series_number": "4", "state": state, "code": "", "reason": "",
+            "until": "2026-09-24T18:51:39Z", "job": 7, "jobs": [job], "instances": 8, "derived_instances": 16,
+            "progress": None} | changed
+
+
+@pytest.mark.parametrize("state", sorted({*SERIES_STATES, *JOB_STATES}))
+@pytest.mark.parametrize("reason", ["", "too few slices. Remedy: send the series again"])
+def test_every_state_is_told_in_a_sentence(state, reason):
+    """Whatever the state, a person reads one whole sentence, and a remedy that the reason names."""
+    verdict, = tell([series(state, reason=reason)], {}, Times("UTC"))
+    assert verdict.state == state and verdict.text.endswith(".") and ".." not in verdict.text
+    assert "Remedy" not in verdict.text
+    if state in ("held", "waiting", "ignored") and reason:
+        assert verdict.remedy == "Send the series again." and "too few slices" in verdict.text
+
+
+def test_the_worst_of_several_series_stands_first():
+    """Each with its number; what is ignored is not counted where there is another."""
+    found = list(tell([series("delivered", series_number="1"), series("ignored"), series("held", series_number="2")],
+                      {}, Times("UTC")))
+    assert [verdict.state for verdict in found] == ["held", "delivered"]
+    assert found[0].text.startswith("PET series 2: Held")
+
+
+def test_a_study_without_a_pet_says_so():
+    """Only a CT came."""
+    verdict, = tell([series("ignored", modality="CT")], {}, Times("UTC"))
+    assert verdict.text == "No PET series of this study came, only CT." and "Send" in verdict.remedy
