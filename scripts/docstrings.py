@@ -17,20 +17,7 @@ _CODE = re.compile(r"(`[^`]*`)")
 
 
 def as_markdown(docstring: str) -> str:
-    """Paragraph by paragraph: doctests become `pycon` blocks, indented or columned paragraphs `text` blocks.
-
-    >>> print(as_markdown("One sentence.\\n\\nshape   (D, H, W).\\n\\n>>> 1 + 1\\n2"))
-    One sentence.
-    <BLANKLINE>
-    ```text
-    shape   (D, H, W).
-    ```
-    <BLANKLINE>
-    ```pycon
-    >>> 1 + 1
-    2
-    ```
-    """
+    """Paragraph by paragraph: doctests become `pycon` blocks, indented or columned paragraphs `text` blocks."""
     parts = []
     for paragraph in re.split(r"\n\s*\n", inspect.cleandoc(docstring)):
         if paragraph.lstrip().startswith(">>>"):

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
 from html.parser import HTMLParser
 from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
 import yaml
+
+from deconv.safeguards import ACTIVITY, SLICE_ACTIVITY
+from dicomnode.config import parse
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -78,6 +83,38 @@ def test_every_name_in_the_api_pages_exists():
         assert found.__doc__, f"{name} has no docstring"
         public = getattr(import_module(module), "__all__", [attribute])
         assert attribute in public, f"{name} is not in the module's __all__"
+
+
+def test_docstrings_are_shown_as_written():
+    """Sentences stay text, columns and doctests become blocks, and nothing in a sentence is taken for markup."""
+    spec = spec_from_file_location("docstrings", ROOT / "scripts" / "docstrings.py")
+    assert spec is not None and spec.loader is not None
+    pytest.importorskip("griffe", reason="pip install -e '.[docs]'")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    shown = module.as_markdown("One *sentence* with `a_name`.\n\n    shape   (D, H, W).\n\n    >>> 1 + 1\n    2\n    ")
+    assert shown == ("One \\*sentence\\* with `a_name`.\n\n```text\nshape   (D, H, W).\n```\n\n"
+                     "```pycon\n>>> 1 + 1\n2\n```")
+
+
+def test_the_tutorial_can_be_typed():
+    """Its two files load, and node and PACS know each other by the same names and ports as the commands."""
+    page = (DOCS / "tutorial.md").read_text(encoding="utf-8")
+    pacs = json.loads(re.findall(r"```json\n(.*?)```", page, flags=re.DOTALL)[0])
+    node = parse(re.findall(r"```toml\n(.*?)```", page, flags=re.DOTALL)[0])
+    peer = node.named_peer("PACS")
+    assert (peer.ae_title, peer.port) == (pacs["DicomAet"], pacs["DicomPort"])
+    known = pacs["DicomModalities"]["NBDNODE"]
+    assert (known["AET"], known["Port"]) == (node.node.ae_title, node.node.port) and known["AllowStorageCommitment"]
+    sent = re.findall(r"^storescu -aet (\w+) -aec (\w+) -r 127.0.0.1 (\d+) study/\w+$", page, flags=re.MULTILINE)
+    assert set(sent) == {(node.named_peer("SCANNER").ae_title, node.node.ae_title, str(node.node.port))}
+    assert f"http://127.0.0.1:{pacs['HttpPort']}/" in page
+
+
+def test_the_physicists_limits_are_those_of_the_gates():
+    """What the guide says is kept, is what holds a result back."""
+    page = (DOCS / "physicist.md").read_text(encoding="utf-8")
+    assert f"total activity (gate {100 * ACTIVITY:g} %), slice activity ({100 * SLICE_ACTIVITY:g} %)" in page
 
 
 def test_the_site_fetches_nothing_from_elsewhere(site):
