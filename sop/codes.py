@@ -8,7 +8,7 @@ from highdicom.coding_schemes import CodingSchemeIdentificationItem
 from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
 
-__all__ = ["OUR_SCHEME", "kernel_weight", "our_scheme", "own", "quantity", "unit"]
+__all__ = ["OUR_SCHEME", "kernel_estimate", "kernel_weight", "our_scheme", "own", "quantity", "unit"]
 
 OUR_SCHEME = "99DICOMNODE"  # PS3.3 8.2: private schemes begin with 99
 _MILLIMETRE = Code("mm", "UCUM", "mm")
@@ -28,6 +28,11 @@ def our_scheme() -> CodingSchemeIdentificationItem:
 def kernel_weight() -> Code:
     """Weight of a voxel of a point spread kernel."""
     return own("kernel-weight", "Point spread kernel weight")
+
+
+def kernel_estimate() -> Code:
+    """How a kernel comes of an image; CID 7203 has nothing near to it."""
+    return own("kernel-estimate", "Estimation of the point spread kernel")
 
 
 def unit(name: str) -> Code:

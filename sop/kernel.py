@@ -14,10 +14,9 @@ from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence as Items
 from pydicom.sr.codedict import codes
-from pydicom.sr.coding import Code
 
 from sop import modules
-from sop.codes import kernel_weight
+from sop.codes import kernel_estimate, kernel_weight, our_scheme
 from sop.companion import CompanionSeries, Origin, instance_bytes, referenced_series, source_images
 from sop.derivation import EQUIPMENT_NAME
 from sop.uids import uid_from
@@ -54,7 +53,7 @@ def kernel_object(kernel: NDArray[np.float32], spacing_mm: tuple[float, float, f
         pixel_measures=PixelMeasuresSequence(spacing_mm[1:], spacing_mm[0], spacing_mm[0]),
         plane_orientation=PlaneOrientationSequence(CoordinateSystemNames.PATIENT, orientation),
         plane_positions=_positions(values.shape, spacing_mm, orientation),
-        derivation=Code("113085", "DCM", "Spatial resampling"),
+        derivation=kernel_estimate(), coding_schemes=[our_scheme()],
     )
     _own_references(content, origin)
     _own_dimensions(content, origin)
@@ -98,7 +97,8 @@ def _own_references(content: Dataset, origin: Origin) -> None:
     item = Dataset()
     item.DerivationDescription = f"Point spread kernel estimated by {origin.derivation.method}, " \
                                  f"{EQUIPMENT_NAME} {origin.derivation.software_version}"
-    item.DerivationCodeSequence = Items([modules.code("113085", "DCM", "Spatial resampling")])
+    estimate = kernel_estimate()
+    item.DerivationCodeSequence = Items([modules.code(estimate.value, estimate.scheme_designator, estimate.meaning)])
     item.SourceImageSequence = source_images(origin, origin.source.series_instance_uid)
     for frame in content.PerFrameFunctionalGroupsSequence:
         frame.pop("DerivationImageSequence", None)

@@ -75,6 +75,8 @@ def test_it_refers_to_source_and_derived_series_and_is_known_as_ours(tmp_path: P
     assert parents == list(made.source.sop_instance_uids)
     assert [item.SeriesInstanceUID for item in ds.ReferencedSeriesSequence] == [
         made.source.series, made.derived.series_instance_uid]
+    (how,), (scheme,) = derivation.DerivationCodeSequence, ds.CodingSchemeIdentificationSequence
+    assert how.CodeValue == "kernel-estimate" and how.CodingSchemeDesignator == scheme.CodingSchemeDesignator
     assert is_own_output(ds) and ds.ImageComments == "Research use, not for diagnosis"
     assert "5.50 x 6.00 x 6.25 mm" in ds.ContentDescription
 
