@@ -27,7 +27,7 @@ from dicomnode.looks import load as load_looks
 from dicomnode.web.access import Viewer
 from dicomnode.web.palette import picture
 from dicomnode.web.site import Site, SiteNow
-from dicomnode.web.volumes import PLANES, Gone, Pair, Shelf, open_pair
+from dicomnode.web.volumes import PLANES, Gone, Pair, Shelf, open_pair, stamp_of
 
 __all__ = ["Palette", "Top", "job_of", "looks_of", "pair_of", "planes_of", "router", "version_of"]
 
@@ -99,8 +99,8 @@ def looks_of(site: Site, job: dict[str, Any]) -> Looks | None:
 
 def pair_of(site: Site, job: dict[str, Any]) -> Pair:
     """Source and derived volume of a job, read at the first call."""
-    key = f"{site.spool.data_dir} {job['id']} {version_of(job)}"
-    return _SHELF.get(key, lambda: open_pair(site.ledger, site.spool, job))
+    stamp = version_of(job), *stamp_of(site.spool, job)
+    return _SHELF.get(f"{site.spool.data_dir} {job['id']}", stamp, lambda: open_pair(site.ledger, site.spool, job))
 
 
 def _answer(request: Request, job: dict[str, Any], v: str, make: Any) -> Response:

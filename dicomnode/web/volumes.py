@@ -31,7 +31,7 @@ from sop.read import read_series
 from sop.suv import suv_factors
 from sop.units import pet_scale
 
-__all__ = ["PLANES", "Gone", "Pair", "Shelf", "open_pair", "oriented"]
+__all__ = ["PLANES", "Gone", "Pair", "Shelf", "open_pair", "oriented", "stamp_of"]
 
 #: Plane -> the axis of an oriented volume (head, back, left) that its slices are stacked along.
 PLANES = {"axial": 0, "coronal": 1, "sagittal": 2}
@@ -127,25 +127,34 @@ class Shelf:
     def __init__(self, max_bytes: int = MAX_BYTES) -> None:
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
-        self._kept: OrderedDict[str, Pair] = OrderedDict()
+        self._kept: OrderedDict[str, tuple[object, Pair]] = OrderedDict()
         self._reading: dict[str, threading.Lock] = {}
 
-    def get(self, key: str, make: Callable[[], Pair]) -> Pair:
-        """The pair called `key`, made where it is not there."""
+    def get(self, key: str, stamp: object, make: Callable[[], Pair]) -> Pair:
+        """The pair called `key`, made where it is not there or was made of files with another stamp."""
         with self._lock:
             turn = self._reading.setdefault(key, threading.Lock())
         with turn:
             with self._lock:
-                if key in self._kept:
+                if key in self._kept and self._kept[key][0] == stamp:
                     self._kept.move_to_end(key)
-                    return self._kept[key]
+                    return self._kept[key][1]
+                self._kept.pop(key, None)
             pair = make()
             with self._lock:
-                self._kept[key] = pair
-                while len(self._kept) > 1 and sum(one.bytes for one in self._kept.values()) > self._max_bytes:
+                self._kept[key] = stamp, pair
+                while len(self._kept) > 1 and sum(one.bytes for _, one in self._kept.values()) > self._max_bytes:
                     dropped, _ = self._kept.popitem(last=False)
                     self._reading.pop(dropped, None)
             return pair
+
+
+def stamp_of(spool: Spool, job: dict[str, Any]) -> tuple[int, int]:
+    """Changes when files of the job's source or derived series come or go: when their folders last changed."""
+    source = spool.absolute(f"objects/{job['study_uid']}/{job['series_uid']}")
+    derived = spool.absolute(job["derived_path"] or f"derived/{job['id']}")
+    before, after = (folder.stat().st_mtime_ns if folder.is_dir() else 0 for folder in (source, derived))
+    return before, after
 
 
 def open_pair(ledger: Ledger, spool: Spool, job: dict[str, Any]) -> Pair:

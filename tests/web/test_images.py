@@ -153,10 +153,12 @@ def test_a_job_computed_again_has_another_version(app, node):
 
 
 def test_what_is_purged_says_so(app, node, client, base):
-    """Slices of removed files are a clear 404; what is left is still shown."""
+    """Slices of removed files are a clear 404, also where they were just looked at; what is left is still shown."""
     site = app.state.site
+    assert client.get(f"{base}/slice/after/axial/3.png").status_code == 200
     shutil.rmtree(site.spool.absolute(f"derived/{node.job}"))
     site.ledger.query("UPDATE job SET purged_at = ? WHERE id = ?", (node.now, node.job))
+    assert client.get(f"{base}/slice/before/axial/3.png").status_code == 200
     gone = client.get(f"{base}/slice/after/axial/3.png")
     assert gone.status_code == 404 and "removed after delivery" in gone.text
     assert client.get(f"{base}/slice/before/axial/3.png").status_code == 200
@@ -226,14 +228,16 @@ def test_the_shelf_keeps_within_its_bound_and_reads_once():
         return Pair(volume, None, "counts", 1.0, {"after": "not built"})
 
     shelf = Shelf(max_bytes=2 * 4 * 8 * 8 * 4)
-    threads = [threading.Thread(target=shelf.get, args=("a", lambda: make("a"))) for _ in range(4)]
+    threads = [threading.Thread(target=shelf.get, args=("a", 1, lambda: make("a"))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     for name in ("b", "a", "c", "a", "b"):
-        shelf.get(name, lambda name=name: make(name))
+        shelf.get(name, 1, lambda name=name: make(name))
     assert made == ["a", "b", "c", "b"]
+    shelf.get("b", 2, lambda: make("b, of other files"))
+    assert made[-1] == "b, of other files"
 
 
 def test_palettes_run_from_nothing_to_the_top():
