@@ -2,7 +2,9 @@
 
 A region is the connected part (voxels that share a face) around a local maximum of the SOURCE that holds at least 41 %
 of it [B04]. Where that part holds a hotter voxel, 50, 60 and 70 % are tried in turn; a maximum that cannot be told from
-a hotter one even so is a part of that uptake. Regions are ordered by their maximum.
+a hotter one even so is a part of that uptake. All but the hottest must stand out: a peak of at least 1.5 times the
+typical tissue, which is the median of the voxels above half of the median of those that reach a tenth of the mean.
+Regions are ordered by their maximum.
 
 SUVpeak is the highest mean in a sphere of 1 mL whose centre lies in the region [W09]. Voxels that lie partly in the
 sphere count by that part, and both images are asked at the same places (the centres of the fine voxels), so that an
@@ -24,10 +26,11 @@ from scipy import fft, ndimage
 
 from deconv.volume import Volume
 
-__all__ = ["Region", "Uptake", "THRESHOLDS", "peak_sphere", "regions"]
+__all__ = ["THRESHOLDS", "Region", "Uptake", "peak_sphere", "regions", "typical_tissue"]
 
 THRESHOLDS = (0.41, 0.50, 0.60, 0.70)
 LEAST_ML = 0.25
+STANDS_OUT = 1.5
 MOST = 8
 TRIED = 150  # local maxima looked at, those in a region already found not counted
 NEAR_MM = 8.0  # a maximum is the highest value within a box of so much to either side
@@ -72,12 +75,21 @@ def regions(source: Volume, image: Volume, *, most: int = MOST) -> list[Region]:
     """The largest uptakes of `source` (D, H, W), measured there and in `image` (2D, 2H, 2W) over the same field."""
     if image.shape != tuple(2 * n for n in source.shape):
         raise ValueError(f"the image {image.shape} is not on the doubled grid of the source {source.shape}")
-    found = []
+    found: list[Region] = []
+    least = STANDS_OUT * typical_tissue(source.array)
     for box, mask, share in _parts(source):
-        found.append(_measured(source, image, box, mask, share))
-        if len(found) == most:
+        region = _measured(source, image, box, mask, share)
+        if not found or region.before.peak >= least:
+            found.append(region)
+        if len(found) == most or region.before.max < least:
             break
     return sorted(found, key=lambda region: -region.before.max)
+
+
+def typical_tissue(values: Image) -> float:
+    """The value of an average voxel of the body, whatever is hot in it; 0 where nothing is positive."""
+    bright = values[values > max(0.0, float(values.mean(dtype=np.float64)) / 10)]
+    return float(np.median(bright[bright > np.median(bright) / 2])) if bright.size else 0.0
 
 
 # --- finding

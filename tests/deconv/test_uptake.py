@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from deconv.uptake import LEAST_ML, Region, peak_sphere, regions
+from deconv.uptake import LEAST_ML, Region, peak_sphere, regions, typical_tissue
 from deconv.volume import Volume
 
 RADIUS_MM = (3000 / (4 * np.pi)) ** (1 / 3)  # of 1 mL
@@ -165,6 +165,19 @@ def test_specks_and_empty_images_give_no_region() -> None:
     assert found(values) == []
     values[5, 5, 5] = 100.0
     assert LEAST_ML > 0.027 and found(values) == []
+
+
+def test_noise_is_no_uptake() -> None:
+    """A body of 1 with noise of a fifth in air of next to nothing, and two lesions: these two alone."""
+    rng = np.random.default_rng(2)
+    shape, spacing = (24, 40, 40), (3.0, 3.0, 3.0)
+    values = np.where(ball(shape, spacing, 50.0), rng.normal(1.0, 0.2, shape), rng.exponential(0.02, shape))
+    values[ball(shape, spacing, 9.0, at=(0, -20, 10))] = 6.0
+    values[ball(shape, spacing, 8.0, at=(10, 25, -15))] = 3.0
+    assert typical_tissue(values) == pytest.approx(1.0, rel=0.05)
+    assert [round(region.before.mean) for region in found(values)] == [6, 3]
+    uniform = found(np.where(ball(shape, spacing, 50.0), rng.normal(1.0, 0.05, shape), 0.0))
+    assert len(uniform) == 1 and uniform[0].before.mean == pytest.approx(1.0, rel=0.01)  # the hottest there is
 
 
 def test_a_region_at_the_border_is_measured_by_what_is_there() -> None:
