@@ -185,9 +185,9 @@ def go(page: Page, path: str, *, status: int = 200) -> None:
     assert answer is not None and answer.status == status, f"{path}: {answer and answer.status}"
 
 
-def axe(page: Page) -> None:
-    """Fails on any violation of WCAG 2.1 A and AA that axe-core finds on the page, and lists them."""
-    found = Axe().run(page, options={"runOnly": RULES, "resultTypes": ["violations"]}).response["violations"]
+def axe(page: Page, *rules: str) -> None:
+    """Fails on any violation of WCAG 2.1 A and AA (or of those rules) that axe-core finds on the page; lists them."""
+    found = Axe().run(page, options={"runOnly": rules or RULES, "resultTypes": ["violations"]}).response["violations"]
     lines = [f"{one['id']} ({one['impact']}): {one['help']}\n    " + "\n    ".join(
         node["html"][:200] for node in one["nodes"][:5]) for one in found]
     assert not lines, f"{page.url} is not accessible to all:\n" + "\n".join(lines)
