@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+from fastapi.testclient import TestClient
 
 from dicomnode.errors import RefusedInput
 from dicomnode.operate import possible
@@ -147,3 +148,16 @@ def test_what_is_no_action_of_this_study_is_not_found(client, node, verb, target
 def test_a_form_without_its_fields_is_refused(client, node):
     """422, nothing done."""
     assert do(client, node, "held", "retry", {"target": "job:2"}).status_code == 422
+
+
+def test_another_sites_page_cannot_act(client, app, node):
+    """A browser's session needs the secret of our own page besides its cookie."""
+    browser = TestClient(app, base_url="http://127.0.0.1", follow_redirects=False)
+    token = client.headers["Authorization"].removeprefix("Bearer ")
+    assert browser.post("/login", data={"token": token}).status_code == 303
+    fields = form(ask(browser, node, "held", "retry"))
+    assert fields["csrf"]
+    foreign = do(browser, node, "held", "retry", fields | {"csrf": "guessed"})
+    assert foreign.status_code == 403
+    assert app.state.site.ledger.job(job_of(client, node, "held"))["state"] == "held"
+    assert do(browser, node, "held", "retry", fields).status_code == 303

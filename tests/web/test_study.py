@@ -220,11 +220,13 @@ def test_a_page_of_thousands_of_studies_is_as_quick(crowded_data, node):
     application = create(config, clock=lambda: node.now)
     client = TestClient(application, base_url="http://127.0.0.1",
                         headers={"Authorization": f"Bearer {operator_token(config)}"})
-    uid = views.jobs(application.state.site.ledger, limit=4000)[-1]["study"]
-    took = []
-    for _ in range(4):
-        begin = time.perf_counter()
-        assert client.get(f"/studies/{uid}").status_code == 200
-        took.append(time.perf_counter() - begin)
-    application.state.site.ledger.close()
-    assert min(took) < 0.2, took
+    ledger = application.state.site.ledger
+    waiting = ledger.query("SELECT study_uid FROM job WHERE state = 'queued' LIMIT 1")[0]["study_uid"]
+    for uid in (views.jobs(ledger, limit=4000)[-1]["study"], waiting):  # the second has a forecast
+        took = []
+        for _ in range(4):
+            begin = time.perf_counter()
+            assert client.get(f"/studies/{uid}").status_code == 200
+            took.append(time.perf_counter() - begin)
+        assert min(took) < 0.2, took
+    ledger.close()
