@@ -38,6 +38,20 @@ def test_commands_in_the_documents_exist():
     assert {item for item in found if item[1] not in COMMANDS} == set()
 
 
+def test_options_in_the_documents_exist():
+    """A command that is copied from a page, with its options, is understood."""
+    seen = 0
+    for page in PAGES:
+        for name, rest in re.findall(r"dicomnode ([a-z-]+)([^`|#\n]*)", page.read_text(encoding="utf-8")):
+            options = set(re.findall(r"(?<!\S)(--[a-z-]+)", rest)) - {"--help"}
+            if name in COMMANDS and options:
+                known = {option for parameter in COMMANDS[name].params
+                         for option in (*parameter.opts, *parameter.secondary_opts)}
+                assert options <= known, f"{page.name}: dicomnode {name}: {sorted(options - known)}"
+                seen += 1
+    assert seen > 20
+
+
 def test_the_readme_names_every_option_of_deblur():
     """A reader of the table knows what `deblur` can be told."""
     row = next(line for line in README.splitlines() if line.startswith("| `deblur"))
