@@ -14,6 +14,7 @@ import hmac
 import ipaddress
 import os
 import secrets
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -31,7 +32,7 @@ from dicomnode.web.session import Sessions
 from dicomnode.web.site import Site, SiteNow
 
 __all__ = ["COOKIE", "CSRF_FIELD", "CSRF_HEADER", "TOKEN_FILE", "Door", "Known", "Operator", "User", "Viewer",
-           "address_of", "is_https", "operator_token", "require_own_page", "viewer_token"]
+           "address_of", "is_https", "operator_token", "recognise", "require_own_page", "viewer_token"]
 
 TOKEN_FILE = "web.token"  # in data_dir, where web.token_file is not set
 SHORTEST = 16  # characters of a token
@@ -187,6 +188,13 @@ async def _viewer(request: Request, site: SiteNow, _bearer: Annotated[object, Se
     if csrf is not None and request.method not in SAFE:
         await require_own_page(request, site, csrf)
     return user
+
+
+def recognise(request: Request) -> None:
+    """For pages of errors, which ask for nobody: the menu of who is logged in all the same."""
+    with suppress(_Refused):
+        request.state.user, csrf = _who(request, request.app.state.site, request.app.state.door)
+        request.state.csrf = csrf or ""
 
 
 async def _known(request: Request, site: SiteNow) -> User | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from dataclasses import asdict
 from datetime import date
@@ -13,7 +14,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, FastAPI, Path, Query, Request
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import HTMLResponse
-from pydantic import ValidationError
+from pydantic import BeforeValidator, ValidationError
 
 from dicomnode import __version__, machine, operate, reconcile, search, troubles, views
 from dicomnode import alerts as alerting
@@ -66,6 +67,7 @@ State.__doc__ = "The states of a series or job."
 StudyName = Annotated[str, Path(min_length=1, max_length=64, description="Study, series or derived series UID, or an "
                                 "accession number that belongs to one study")]
 JobNumber = Annotated[int, Path(ge=1, le=2**53)]
+Day = Annotated[date, BeforeValidator(lambda value: _iso(value))]
 Limit = Annotated[int, Query(ge=1, le=search.LARGEST)]
 
 router = APIRouter(prefix="/api/v1")
@@ -90,8 +92,8 @@ def studies(
     site: SiteNow, user: Viewer,
     q: Annotated[str, Query(max_length=64, description="how a UID or accession number begins, or job:12")] = "",
     state: Annotated[State | None, Query(description="of the series that stands for the study")] = None,
-    first: Annotated[date | None, Query(description="day of arrival in schedule.timezone, or later")] = None,
-    last: Annotated[date | None, Query(description="day of arrival in schedule.timezone, or earlier")] = None,
+    first: Annotated[Day | None, Query(description="day of arrival in schedule.timezone, or later")] = None,
+    last: Annotated[Day | None, Query(description="day of arrival in schedule.timezone, or earlier")] = None,
     limit: Limit = 50,
     before: Annotated[str | None, Query(max_length=100, description="`next` of the page before")] = None,
 ) -> models.Studies:
@@ -99,6 +101,13 @@ def studies(
     found = search.studies(site.ledger, text=q, state=state.value if state else "", first=first, last=last, limit=limit,
                            before=before, timezone=site.config.schedule.timezone)
     return models.Studies(studies=[_summary(row) for row in found.rows], next=found.next)
+
+
+def _iso(value: Any) -> Any:
+    """Nothing but YYYY-MM-DD: pydantic alone would take a number for seconds since 1970."""
+    if isinstance(value, str) and not re.fullmatch(r"\d{4}-\d{2}-\d{2}", value, re.ASCII):
+        raise ValueError("a day is written as 2026-09-23")
+    return value
 
 
 def _summary(row: search.StudyRow) -> models.StudySummary:
@@ -217,7 +226,7 @@ def _night(site: Site, day: str) -> models.Night:
 
 
 @router.get("/nights/{day}", tags=["Nights"], responses=_problems(404, 422))
-def night(site: SiteNow, user: Viewer, day: date) -> models.Night:
+def night(site: SiteNow, user: Viewer, day: Day) -> models.Night:
     """The reconciliation of one day."""
     try:
         return _night(site, day.isoformat())
@@ -272,7 +281,7 @@ def openapi(request: Request, user: Viewer) -> dict[str, Any]:
 
 
 @docs.get("/api/docs", response_class=HTMLResponse)
-def read(request: Request, user: Viewer) -> HTMLResponse:
+def read(request: Request, site: SiteNow, user: Viewer) -> HTMLResponse:
     """The same for people."""
     schema = request.app.openapi()
     tags: dict[str, list[dict[str, Any]]] = {}
@@ -280,7 +289,8 @@ def read(request: Request, user: Viewer) -> HTMLResponse:
         for method, operation in methods.items():
             tags.setdefault(operation.get("tags", ["Other"])[0], []).append(
                 {"path": path, "method": method.upper(), **operation, "answer": _answer(operation)})
-    return page(request, "api.html", tags=tags, schemas=schema["components"]["schemas"], kind=_kind)
+    return page(request, "api.html", port=site.config.web.port, tags=tags, schemas=schema["components"]["schemas"],
+                kind=_kind)
 
 
 def _answer(operation: dict[str, Any]) -> str:

@@ -19,6 +19,7 @@ from starlette.exceptions import HTTPException
 
 from dicomnode.errors import NodeError
 from dicomnode.logs import get_logger
+from dicomnode.web.access import recognise
 from dicomnode.web.site import page
 from sop.errors import Refused
 
@@ -56,6 +57,8 @@ def answer(request: Request, status: int, text: str, headers: Mapping[str, str] 
     if is_program(request) or not hasattr(request.app.state, "site"):
         return JSONResponse(Problem(title=title, status=status, detail=detail, remedy=remedy).model_dump(), status,
                             headers, PROBLEM_JSON)
+    if not hasattr(request.state, "user"):
+        recognise(request)
     response = page(request, "error.html", status_code=status, title=title, detail=detail, remedy=remedy,
                     status=status)
     response.headers.update(headers or {})
@@ -74,7 +77,10 @@ def install(app: FastAPI) -> None:
 def _http(request: Request, error: Any) -> Response:
     if error.status_code == 401 and not is_program(request):
         return _to_login(request, error)
-    return answer(request, error.status_code, str(error.detail), error.headers)
+    text = str(error.detail)
+    if error.status_code == 404 and text == HTTPStatus.NOT_FOUND.phrase:
+        text = f"there is nothing at {request.url.path[:200]}. Remedy: look at the address, or begin at the front page"
+    return answer(request, error.status_code, text, error.headers)
 
 
 def _to_login(request: Request, error: Any) -> Response:

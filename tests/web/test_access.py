@@ -408,6 +408,13 @@ def test_an_error_says_what_to_do_and_nothing_of_the_inside(house: House) -> Non
     assert answer.json()["status"] == 500 and answer.json()["remedy"] and "inner words" not in answer.text
 
 
+def test_what_is_not_there_is_said_with_a_way_on(house: House) -> None:
+    """Whoever is logged in keeps the menu; a stranger sees none."""
+    text = house.logged_in().get("/nothing<b>").text
+    assert "/nothing&lt;b&gt;" in text and "front page" in text and "Log out" in text
+    assert "Log out" not in house.client().get("/nothing").text
+
+
 def test_a_damaged_ledger_is_said_in_words(house: House) -> None:
     """Status 503, with the remedy, on pages and in JSON."""
     client = house.logged_in()

@@ -130,6 +130,7 @@ def test_the_reports_of_the_nights_are_handed_out(client: TestClient, app: FastA
     assert client.get(f"{V1}/nights/{day}").json() == json.loads(json.dumps(report.as_json()))
     assert client.get(f"{V1}/nights/2026-09-01").status_code == 404
     assert client.get(f"{V1}/nights/2020-01-01").status_code == 404
+    assert client.get(f"{V1}/nights/17").status_code == 422
     assert client.get(f"{V1}/nights/..%2Fledger").status_code in (404, 422)
 
 
