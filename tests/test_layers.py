@@ -29,6 +29,7 @@ FORBIDDEN = {
     "dicomnode/psflibrary.py": ("torch", "pynetdicom", "dicomnode.cli", "dicomnode.pipeline", "dicomnode.matcher",
                                 "dicomnode.executor", "dicomnode.config"),
     "dicomnode/views.py": ("torch", "pydicom", "pynetdicom", "deconv", "sop"),
+    "dicomnode/tonight.py": ("torch", "pydicom", "pynetdicom", "deconv", "sop", "dicomnode.web"),
     "dicomnode/operate.py": ("torch", "pydicom", "pynetdicom", "deconv", "sop"),
     **dict.fromkeys(("dicomnode/measures.py", "dicomnode/tally.py"),
                     ("torch", "pydicom", "pynetdicom", "deconv", "sop", "prometheus_client", "dicomnode.web")),
