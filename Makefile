@@ -17,7 +17,7 @@ PYTEST   := $(TEST_ENV) $(BIN)/python -m pytest
 
 help:
 	@echo "make demo        install into $(VENV), then run the demo into $(OUT)"
-	@echo "make test        install and run the tests (DCMTK, Orthanc and dicom3tools from Debian)"
+	@echo "make test        install and run the tests (DCMTK, Orthanc, dicom3tools, Chromium from Debian)"
 	@echo "make test-slow   the tests that take minutes each"
 	@echo "make chaos       kill -9, full disks, bad peers, clock jumps, probes: chaos-report.md"
 	@echo "make soak        a million small instances, or an hour: soak-report.md"
@@ -88,7 +88,7 @@ $(VENV)/.installed: setup.cfg constraints.txt pyproject.toml | $(VENV)/bin/pytho
 
 # pyradiomics builds against the numpy that is there: no build isolation, and its build requirements first.
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[test]' setuptools wheel
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[test,docs]' setuptools wheel
 	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation pyradiomics==3.0.1
 	@touch $@
 
