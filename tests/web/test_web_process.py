@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import re
 import signal
@@ -95,6 +96,19 @@ def test_it_starts_stays_small_and_ends_cleanly_while_connections_are_open(site:
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0 and time.monotonic() - since < 5
     assert "secret-words" not in site.log() and "web_stopped" in site.log() and "/login" in site.log()
+
+
+def test_an_answer_leaves_in_one_piece(site: Site) -> None:
+    """On a connection that stays open no answer waits for the receipt of its own head: that would be 40 ms each."""
+    site.started()
+    connection = http.client.HTTPConnection("127.0.0.1", site.port, timeout=20)
+    took = []
+    for _ in range(20):
+        since = time.perf_counter()
+        connection.request("GET", "/healthz")
+        assert connection.getresponse().read()
+        took.append(time.perf_counter() - since)
+    assert min(took) < 0.03
 
 
 def test_a_port_in_use_is_said_with_the_remedy(site: Site) -> None:
