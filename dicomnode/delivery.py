@@ -1,5 +1,7 @@
 """The delivery queue: every built derived series to every peer of its route, until each instance is confirmed.
 
+What lies beside a series (companions.py) goes with it, behind it, and is waited for like it.
+
 One lane per peer, so that a peer that is down or slow delays nobody else. Only instances without a confirming status
 are sent; answers are recorded in batches as they come, so a crash repeats at most one batch, and the peer knows the
 repeated instances by their UID. Failures are retried with exponential backoff and jitter until `give_up_h`. What a peer
