@@ -11,17 +11,21 @@ grids share the edges of their field of view, not the centres of their voxels (V
 
 from __future__ import annotations
 
+import os
 import tempfile
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from pydicom import dcmread
+from pydicom.dataset import Dataset
+from pydicom.errors import InvalidDicomError
 
 from deconv.volume import Volume
 from dicomnode.ledger import Ledger
@@ -36,7 +40,8 @@ __all__ = ["PLANES", "Gone", "Pair", "Shelf", "open_pair", "oriented", "stamp_of
 #: Plane -> the axis of an oriented volume (head, back, left) that its slices are stacked along.
 PLANES = {"axial": 0, "coronal": 1, "sagittal": 2}
 MAX_BYTES = 2 * 2**30
-PLACE = ["SeriesInstanceUID", "ImagePositionPatient", "RescaleSlope", "Units", "SUVType"]
+SPARE_BYTES = 2**30  # of the disk that looking leaves alone
+PLACE = ["ImagePositionPatient", "RescaleSlope", "Units", "SUVType", "PixelData"]
 
 
 class Gone(LookupError):
@@ -164,14 +169,16 @@ def open_pair(ledger: Ledger, spool: Spool, job: dict[str, Any]) -> Pair:
     before = after = None
     try:
         before, unit, factor = _source(ledger, spool, job)
-    except (Gone, Refused, ValueError) as error:
+    except (Gone, Refused, OSError, ValueError) as error:
         missing["before"] = str(error)
     try:
         after, header = _derived(spool, job)
         if before is None:
             unit, factor = display_unit(after.unit, header)
-    except (Gone, OSError, ValueError) as error:
+    except (Gone, Refused, OSError, ValueError) as error:
         missing["after"] = str(error)
+    except (InvalidDicomError, AttributeError, KeyError, EOFError) as error:  # what pydicom makes of a damaged file
+        missing["after"] = f"a derived file cannot be read ({error}). Remedy: dicomnode repair"
     return Pair(before, after, unit, factor, missing)
 
 
@@ -197,53 +204,68 @@ def _source(ledger: Ledger, spool: Spool, job: dict[str, Any]) -> tuple[Volume, 
                    "the files of the source are not in the data directory. Remedy: dicomnode repair")
     volume, info = read_series(files)
     unit, factor = display_unit(volume.unit, info)
-    kept = _mapped(volume.shape, spool.data_dir, volume, lambda out: np.copyto(out, volume.array))
+    kept = _mapped(volume.shape, spool, volume, lambda out: np.copyto(out, volume.array))
     return oriented(kept), unit, factor
 
 
-def _derived(spool: Spool, job: dict[str, Any]) -> tuple[Volume, Any]:
+def _derived(spool: Spool, job: dict[str, Any]) -> tuple[Volume, Dataset]:
     """The derived series from its files, and one of its headers. Raises Gone, OSError, ValueError.
 
-    We wrote them: native, one grid, RescaleIntercept 0. That spares reading each file twice as sop.read does; the same
+    We wrote them: native, one grid, RescaleIntercept 0. So each file is read once, which sop.read cannot do; the same
     values come out.
     """
-    folder = spool.absolute(job["derived_path"]) if job["derived_path"] else None
-    if folder is None:
-        raise Gone("nothing was built")
-    heads = [(path, dcmread(path, stop_before_pixels=True, specific_tags=PLACE))
-             for path in sorted(folder.glob("*.dcm"))]
-    heads = [(path, head) for path, head in heads if head.get("SeriesInstanceUID") == job["derived_series_uid"]]
-    if not heads or len(heads) != job["derived_instances"]:
-        raise Gone("the derived files were removed after delivery, as [retention] says" if job["purged_at"] else
-                   f"{len(heads)} of {job['derived_instances']} derived files are in the data directory. "
+    paths = sorted(spool.absolute(job["derived_path"]).glob("*.dcm")) if job["derived_path"] else []
+    if not paths or len(paths) != job["derived_instances"]:
+        raise Gone("nothing was built" if not job["derived_path"] else
+                   "the derived files were removed after delivery, as [retention] says" if job["purged_at"] else
+                   f"{len(paths)} of {job['derived_instances']} derived files are in the data directory. "
                    "Remedy: dicomnode repair")
-    if heads[0][1].get("Units") == "CNTS":  # the scanner's own factors lie in a private block, at a place of its choice
-        heads = [(path, dcmread(path, stop_before_pixels=True)) for path, _ in heads]
-    scale = pet_scale([head for _, head in heads])
-    first = dcmread(heads[0][0], stop_before_pixels=True)
+    first = dcmread(paths[0], stop_before_pixels=True)
+    shape = (len(paths), int(first.Rows), int(first.Columns))
+    kind = "<i2" if first.PixelRepresentation == 1 else "<u2"
+    with _nameless(spool, 2 * int(np.prod(shape))) as file:
+        stored: NDArray[np.integer] = np.memmap(file, dtype=kind, mode="r+", shape=shape)
+    heads = [_read_into(stored[i], path) for i, path in enumerate(paths)]
+    if first.Units == "CNTS":  # the scanner's own factors lie in a private block, at a place of its choice
+        heads = [dcmread(path, stop_before_pixels=True) for path in paths]
+    scale = pet_scale(heads)
     row, column = np.array(first.ImageOrientationPatient, dtype=np.float64).reshape(2, 3)
-    places = np.array([head.ImagePositionPatient for _, head in heads], dtype=np.float64)
+    places = np.array([head.ImagePositionPatient for head in heads], dtype=np.float64)
     order = np.argsort(places @ np.cross(row, column))
     step = (places[order[-1]] - places[order[0]]) / max(1, len(order) - 1)
     length = float(np.linalg.norm(step))
     grid = Volume(np.zeros((1, 1, 1), dtype=np.float32), np.array([length, *map(float, first.PixelSpacing)]),
                   places[order[0]], np.stack([step / length, column, row], axis=1), scale.unit)
-    shape = (len(order), int(first.Rows), int(first.Columns))
-    kind = "<i2" if first.PixelRepresentation == 1 else "<u2"
 
     def fill(out: NDArray[np.float32]) -> None:
         for k, i in enumerate(order):
-            path, head = heads[i]
-            stored = np.frombuffer(dcmread(path, specific_tags=["PixelData"]).PixelData, dtype=kind)
-            out[k] = (stored[:out[k].size] * (float(head.RescaleSlope) * scale.factors[i])).reshape(shape[1:])
+            out[k] = stored[i] * (float(heads[i].RescaleSlope) * scale.factors[i])
 
-    return oriented(_mapped(shape, spool.data_dir, grid, fill)), first
+    return oriented(_mapped(shape, spool, grid, fill)), first
 
 
-def _mapped(shape: tuple[int, ...], folder: Path, grid: Volume, fill: Callable[[NDArray[np.float32]], None]) -> Volume:
-    """A volume of `shape` on the grid's place whose voxels lie in a nameless file."""
-    with tempfile.TemporaryFile(dir=folder) as file:
-        file.truncate(4 * int(np.prod(shape)))
+def _read_into(out: NDArray[np.integer], path: Path) -> Dataset:
+    """The stored values of a file; what is known of its place is returned. Raises ValueError where they do not fit."""
+    read = dcmread(path, specific_tags=PLACE)
+    out[:] = np.frombuffer(read.PixelData, dtype=out.dtype, count=out.size).reshape(out.shape)
+    del read.PixelData
+    return read
+
+
+@contextmanager
+def _nameless(spool: Spool, size: int) -> Iterator[IO[bytes]]:
+    """A file of that many bytes that really are there: writing to a map of a file with holes on a full disk would end
+    the process. Raises Gone where the reception of objects might need the room."""
+    if spool.free_bytes() < size + SPARE_BYTES:
+        raise Gone("the disk is too full to unpack slices. Remedy: free space, or set [retention]")
+    with tempfile.TemporaryFile(dir=spool.data_dir) as file:
+        os.posix_fallocate(file.fileno(), 0, size)
+        yield file
+
+
+def _mapped(shape: tuple[int, ...], spool: Spool, grid: Volume, fill: Callable[[NDArray[np.float32]], None]) -> Volume:
+    """A volume of `shape` on the grid's place whose voxels lie in a nameless file. Raises Gone, OSError."""
+    with _nameless(spool, 4 * int(np.prod(shape))) as file:
         writable: NDArray[np.float32] = np.memmap(file, dtype=np.float32, mode="r+", shape=shape)
         fill(writable)
         values = np.memmap(file, dtype=np.float32, mode="r", shape=shape)

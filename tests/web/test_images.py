@@ -192,6 +192,23 @@ def test_a_damaged_source_does_not_take_the_derived_series_with_it(app, node):
         pair.slice("before", "axial", 0)
 
 
+@pytest.mark.parametrize("harm", ["cut", "overwritten", "empty"])
+def test_a_damaged_derived_file_is_told(app, node, client, base, harm):
+    """The page lives; it says what cannot be shown."""
+    path = sorted(app.state.site.spool.absolute(f"derived/{node.job}").glob("*.dcm"))[4]
+    whole = path.read_bytes()
+    path.write_bytes({"cut": whole[:len(whole) // 2], "overwritten": b"x" * len(whole), "empty": b""}[harm])
+    found = client.get(f"{base}/viewer", headers={"HX-Request": "true"})
+    assert found.status_code == 200 and "After is not shown" in found.text and "data-viewer" in found.text
+
+
+def test_a_full_disk_is_left_to_the_receiver(app, node, client, base, monkeypatch):
+    """Looking at slices takes no room that objects might need; it says so."""
+    monkeypatch.setattr("dicomnode.spool.Spool.free_bytes", lambda self: 2**20)
+    found = client.get(f"{base}/viewer", headers={"HX-Request": "true"})
+    assert found.status_code == 200 and "the disk is too full" in found.text
+
+
 @pytest.mark.parametrize("path", ["mip/after/axial.png?top=0", "mip/after/axial.png?top=nan",
                                   "mip/after/axial.png?palette=rainbow", "mip/after/oblique.png", "value?x=1&y=2",
                                   "value?x=inf&y=0&z=0"])
