@@ -33,7 +33,7 @@ Target = Annotated[str, Query(max_length=70)]
 VERBS = {
     "release": (operate.release, "Release", False),
     "retry": (operate.retry, "Retry", False),
-    "urgent": (operate.urgent, "Start now", False),
+    "urgent": (operate.urgent, "Start", False),
     "hold": (operate.hold, "Hold", False),
     "cancel": (operate.cancel, "Cancel", True),
 }
@@ -44,7 +44,7 @@ def confirm(request: Request, site: SiteNow, user: Operator, study: str, verb: s
     """The question; a part of the page for its dialog, or a page of its own."""
     ask = _question(site, study, verb, target)
     template = "study_confirm.html" if request.headers.get("HX-Request") else "study_confirm_page.html"
-    return page(request, template, **ask, study=study, refused="")
+    return page(request, template, **ask, refused="")
 
 
 @router.post("/studies/{study}/act/{verb}", response_class=HTMLResponse)
@@ -52,12 +52,13 @@ def act(request: Request, site: SiteNow, user: Operator, study: str, verb: str,
         target: Annotated[str, Form(max_length=70)], last: Annotated[int, Form(alias="seen")],
         looked: Annotated[str, Form(max_length=8)] = "") -> Response:
     ask = _question(site, study, verb, target)
+    study = ask["study"]  # named by its accession number too
     try:
         done = _do(site, study, verb, target, last=last, looked=bool(looked), ask=ask, actor=f"web:{user.name}")
     except NodeError as error:
         template = "study_confirm.html" if request.headers.get("HX-Request") else "study_confirm_page.html"
         status = 200 if request.headers.get("HX-Request") else 409  # htmx shows no answer of 4xx
-        return page(request, template, status_code=status, **ask, study=study, refused=str(error))
+        return page(request, template, status_code=status, **ask, refused=str(error))
     query = urlencode({"done": verb} | ({"job": done.job} if done.job else {}))
     back = f"{site.config.web.root_path}/studies/{study}?{query}"
     if request.headers.get("HX-Request"):
@@ -95,8 +96,8 @@ def _question(site: Site, study: str, verb: str, target: str) -> Json:
     reason = job["reason"] if job and series["series_state"] != "held" else series["reason"]
     may = operate.possible(site.ledger, series["series"])
     why, _ = parts_of(reason)
-    return {"verb": verb, "name": VERBS[verb][1], "danger": VERBS[verb][2], "target": target, "job": job,
-            "series": series, "state": state, "why": why, "what": _what(verb, series, job),
+    return {"study": found["study"], "verb": verb, "name": VERBS[verb][1], "danger": VERBS[verb][2], "target": target,
+            "job": job, "series": series, "state": state, "why": why, "what": _what(verb, series, job),
             "must_look": verb == "release" and state == "held", "seen": seen(site.ledger, found["study"]),
             "accession": found["accession_number"], "in_vain": verb not in may}
 

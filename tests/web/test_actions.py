@@ -67,6 +67,15 @@ def test_what_is_offered_is_what_is_not_refused(client, node, state):
         assert (verb in possible(ledger, series)) is not refused, verb
 
 
+def test_an_accession_number_names_the_study_here_too(client, node):
+    """A question reached by it leads to the study itself, and acts."""
+    target = f"job:{job_of(client, node, 'held')}"
+    question = client.get(f"/studies/ACC11/act/retry?target={target}")
+    assert f'action="/studies/{node.studies["held"]}/act/retry"' in question.text
+    answer = client.post("/studies/ACC11/act/retry", data=form(question))
+    assert answer.headers["Location"].startswith(f"/studies/{node.studies['held']}?")
+
+
 def test_asking_changes_nothing(client, node):
     """To look at the question is safe."""
     before = len(events(client, node, "held"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+from functools import partial
 from io import BytesIO
 
 import numpy as np
@@ -251,7 +252,7 @@ def test_the_shelf_keeps_within_its_bound_and_reads_once():
     for thread in threads:
         thread.join()
     for name in ("b", "a", "c", "a", "b"):
-        shelf.get(name, 1, lambda name=name: make(name))
+        shelf.get(name, 1, partial(make, name))
     assert made == ["a", "b", "c", "b"]
     shelf.get("b", 2, lambda: make("b, of other files"))
     assert made[-1] == "b, of other files"
