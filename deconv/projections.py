@@ -3,7 +3,7 @@
 All pictures are in the patient's frame, whatever way the array lies in it: rows from head to foot (axial: from front to
 back), columns from the patient's right to the left (sagittal: from front to back). So the patient's right is at the
 viewer's left, as in radiology. A volume whose axes are not the patient's is resampled first, by nearest neighbour: no
-maximum is lost or made. Needs numpy only.
+value is made, though a single voxel may be passed over. Needs numpy only.
 """
 
 from __future__ import annotations
@@ -35,11 +35,13 @@ class Upright:
     spacing  mm along these three.
     first    mm, (S, P, L) coordinates of the centre of voxel [0, 0, 0] as numbers that grow towards the foot, the back
              and the left: minus z, y and x of LPS.
+    turned   whether the axes of the volume were so far from the patient's that it was resampled.
     """
 
     array: Image
     spacing: tuple[float, float, float]
     first: tuple[float, float, float]
+    turned: bool = False
 
     @property
     def first_lps(self) -> list[float]:
@@ -53,13 +55,17 @@ class Upright:
         return row, column
 
 
-def upright(volume: Volume) -> Upright:
-    """The volume on the patient's axes: a view where its axes are theirs (in any order, either way), else resampled."""
+def upright(volume: Volume, like: Upright | None = None) -> Upright:
+    """The volume on the patient's axes: a view where its axes are theirs (in any order, either way), else resampled.
+
+    like   what became of a volume on the same grid, or on one whose voxels are a multiple of these (`Volume.doubled`):
+           it is then resampled where that one was, over exactly the same field, so that pictures of both agree.
+    """
     towards = volume.direction[::-1] * np.array([[-1.0], [1.0], [1.0]])  # rows: foot, back, left
     order, signs = _nearest_axes(towards)
     spacing = volume.spacing[list(order)]
-    if _misplaced(volume, towards, order, signs) > MISPLACED:
-        return _resampled(volume, spacing)
+    if like.turned if like else _misplaced(volume, towards, order, signs) > MISPLACED:
+        return _resampled(volume, spacing, like)
     array = volume.array.transpose(order)[tuple(slice(None, None, int(sign)) for sign in signs)]
     corner = [0 if signs[order.index(axis)] > 0 else n - 1 for axis, n in enumerate(volume.shape)]
     x, y, z = volume.position(corner)
@@ -83,12 +89,15 @@ def _misplaced(volume: Volume, towards: NDArray[np.float64], order: tuple[int, .
     return float(np.abs(corners @ (towards - ideal).T).max() / volume.spacing.min())
 
 
-def _resampled(volume: Volume, spacing: NDArray[np.float64]) -> Upright:
+def _resampled(volume: Volume, spacing: NDArray[np.float64], like: Upright | None) -> Upright:
     """By nearest neighbour on a grid that holds the whole volume; 0 (or the minimum, where lower) outside it."""
     corners = volume.position(np.indices((2, 2, 2)).reshape(3, 8).T * (np.array(volume.shape) - 1))
     points = corners[:, ::-1] * (-1.0, 1.0, 1.0)
     low, high = points.min(axis=0), points.max(axis=0)
     shape = [int(n) for n in np.ceil((high - low) / spacing - 1e-6).astype(int) + 1]
+    if like is not None:
+        shape = [n * round(step / own) for n, step, own in zip(like.array.shape, like.spacing, spacing, strict=True)]
+        low = np.array(like.first) + (spacing - np.array(like.spacing)) / 2
     back, left = (low[axis] + np.arange(shape[axis]) * spacing[axis] for axis in (1, 2))
     array = np.full(shape, min(0.0, float(volume.array.min())), dtype=np.float32)
     plane = np.stack([*np.broadcast_arrays(left[None, :], back[:, None]), np.zeros((shape[1], shape[2]))], axis=-1)
@@ -97,7 +106,7 @@ def _resampled(volume: Volume, spacing: NDArray[np.float64]) -> Upright:
         index = np.rint(volume.index(plane)).astype(int)
         inside = np.all((index >= 0) & (index < volume.shape), axis=-1)
         array[row][inside] = volume.array[tuple(index[inside].T)]
-    return Upright(array, _three(spacing), _three(low))
+    return Upright(array, _three(spacing), _three(low), turned=True)
 
 
 def _three(values: NDArray[np.float64]) -> tuple[float, float, float]:

@@ -81,7 +81,8 @@ def make(source: Volume, result: Deconvolution, info: SeriesInfo) -> Looks:
     from deconv.uptake import regions
 
     unit, factor, note = _unit(info)
-    before, after = upright(source), upright(result.image)
+    before = upright(source)
+    after = upright(result.image, before)
     mips = {"before": project(before), "after": project(after)}
     scaled = {name: {plane: image * np.float32(factor) for plane, image in planes.items()}
               for name, planes in mips.items()}
@@ -91,7 +92,7 @@ def make(source: Volume, result: Deconvolution, info: SeriesInfo) -> Looks:
     arrays = {f"{name}.{plane}": image for name, planes in scaled.items() for plane, image in planes.items()}
     rotation = _rotation(before, after, factor, top, arrays)
     off = _residual(source, result)
-    for plane, image in _signed(off).items():
+    for plane, image in _signed(off, before).items():
         arrays[f"residual.{plane}"] = image * np.float32(factor)
     found = regions(source, result.image)
     measures = {
@@ -166,10 +167,10 @@ def _residual(source: Volume, result: Deconvolution) -> Volume:
     return source.with_array(source.array - result.image.array.reshape(d, 2, h, 2, w, 2).mean(axis=(1, 3, 5)))
 
 
-def _signed(off: Volume) -> dict[str, Image]:
+def _signed(off: Volume, before: Upright) -> dict[str, Image]:
     from deconv.projections import project, strongest, upright
 
-    return project(upright(off), strongest)
+    return project(upright(off, before), strongest)
 
 
 def _kernel(result: Deconvolution, arrays: dict[str, Image]) -> dict[str, Any] | None:
@@ -223,7 +224,7 @@ def _uncertainty(result: Deconvolution, after: Upright, arrays: dict[str, Image]
 
     if result.uncertainty is None:
         return None
-    sd = upright(result.uncertainty).array
+    sd = upright(result.uncertainty, after).array
     for plane, axis in PLANES.items():
         place = np.expand_dims(after.array.argmax(axis=axis), axis)
         spread = np.take_along_axis(sd, place, axis).squeeze(axis)

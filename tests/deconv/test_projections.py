@@ -83,6 +83,28 @@ def test_an_oblique_volume_is_turned_onto_the_patients_axes(degrees: float) -> N
     assert (shown.array == 1.0).sum() == pytest.approx(array.size, rel=0.05)
 
 
+@pytest.mark.parametrize("degrees", [1.5, 7.0, 30.0])
+def test_pictures_of_an_oblique_volume_and_of_its_double_cover_the_same_field(degrees: float) -> None:
+    """Each pixel of one is two by two of the other, whether or not the coarse one is just straight enough to be taken
+    as it is: what is the same before and after looks the same, and both turn together."""
+    angle = np.radians(degrees)
+    tilt = np.array([[1, 0, 0], [0, np.cos(angle), -np.sin(angle)], [0, np.sin(angle), np.cos(angle)]])
+    array = np.full((15, 21, 17), 1.0, dtype=np.float32)
+    array[4:7, 14:17, 6:9] = 9.0
+    coarse = Volume(array, np.array([2.0, 2.5, 2.2]), np.array([5, 6, 7]), tilt @ np.eye(3)[:, ::-1], "Bq/ml")
+    before = upright(coarse)
+    after = upright(coarse.doubled(array.repeat(2, 0).repeat(2, 1).repeat(2, 2)), before)
+    assert after.array.shape == tuple(2 * n for n in before.array.shape)
+    for plane in PLANES:
+        edges = [extent({"grid": {"before": {"first_mm": one.first_lps, "spacing_mm": one.spacing}}}, "before", plane,
+                        project(one)[plane].shape) for one in (before, after)]
+        assert edges[0] == pytest.approx(edges[1], abs=0.05)
+        middles = [np.argwhere(project(one)[plane] == 9.0).mean(axis=0) + 0.5 for one in (before, after)]
+        assert middles[1] / 2 == pytest.approx(middles[0], abs=0.6)
+    first, second = rotating(before, after, floor=0.5, views=4)
+    assert first.frames.shape == second.frames.shape
+
+
 def test_a_signed_projection_keeps_what_is_farthest_from_zero() -> None:
     """With its sign."""
     array = np.zeros((2, 3, 4), dtype=np.float32)

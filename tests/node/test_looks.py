@@ -19,7 +19,7 @@ from dicomnode import looks, pipeline
 from dicomnode.looks import LOOKS_FILE
 from dicomnode.pipeline import Outcome
 from sop.read import read_series
-from tests.factories import pet_series
+from tests.factories import OBLIQUE, pet_series
 from tests.node.test_pipeline import blurred_pet, run
 
 
@@ -211,3 +211,12 @@ def test_the_grey_scale_follows_its_rule(areas: dict[str, float], highest: float
                                          top: float) -> None:
     """Bladder and kidneys saturate in a long field; glands and spheres are shown whole in a short one."""
     assert looks.shared_top(picture(**areas), highest, unit=unit, length_mm=length) == top
+
+
+def test_an_oblique_series_has_pictures_too(tmp_path: Path) -> None:
+    """Before and after of a series that lies aslant in the patient are on grids that fit."""
+    outcome = run(tmp_path, pet_series(orientation=OBLIQUE, seed=3), method="nearest", preset="default")
+    assert "problem" not in outcome.report["looks"]
+    arrays = looks.load(tmp_path / "out" / LOOKS_FILE).arrays
+    for plane in ("axial", "coronal", "sagittal"):
+        assert arrays[f"after.{plane}"].shape == tuple(2 * n for n in arrays[f"before.{plane}"].shape)
