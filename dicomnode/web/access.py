@@ -41,6 +41,7 @@ CSRF_HEADER, CSRF_FIELD = "X-CSRF-Token", "csrf"
 SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 FORMS = ("application/x-www-form-urlencoded", "multipart/form-data")
 LONGEST_NAME = 64  # of a user; longer ones are cut
+LONGEST_REASON = 300  # letters of what a request made us write into the history, which is kept for ever
 
 
 @dataclass(frozen=True)
@@ -122,18 +123,34 @@ def _make(path: Path) -> None:
 
 def _trusted(config: Config, address: str) -> bool:
     try:
-        found = ipaddress.ip_address(address)
+        found = ipaddress.ip_address(_plain(address))
     except ValueError:
         return False
     return any(found in ipaddress.ip_network(network, strict=False) for network in config.web.trusted_proxies)
 
 
+def _plain(address: str) -> str:
+    """An address as proxies forward it, without the port that some add and the IPv6 form of an IPv4 address: who comes
+    again on another port is no one else. What is no address stays as it is.
+
+    >>> _plain("192.0.2.1:50123"), _plain("[2001:db8::1]:443"), _plain("::ffff:192.0.2.1"), _plain("unknown")
+    ('192.0.2.1', '2001:db8::1', '192.0.2.1', 'unknown')
+    """
+    bare = address.partition("]")[0].removeprefix("[") if address.startswith("[") else address
+    bare = bare.partition(":")[0] if bare.count(":") == 1 else bare
+    try:
+        found = ipaddress.ip_address(bare)
+    except ValueError:
+        return address
+    return str(getattr(found, "ipv4_mapped", None) or found)
+
+
 def address_of(request: Request, config: Config) -> str:
     """The address of whoever asks: behind trusted proxies the last one that they did not add themselves."""
-    address = request.client.host if request.client else "unknown"
+    address = _plain(request.client.host) if request.client else "unknown"
     forwarded = ",".join(request.headers.getlist("X-Forwarded-For")).split(",")
     while _trusted(config, address) and forwarded and forwarded[-1].strip():
-        address = forwarded.pop().strip()[:45]
+        address = _plain(_printable(forwarded.pop().strip())[:LONGEST_NAME])
     return address
 
 
@@ -160,12 +177,28 @@ def _who(request: Request, site: Site, door: Door) -> tuple[User, str | None]:
         if session is not None:
             return User(session.name, session.may_act), door.sessions.csrf(session.id)
     web = site.config.web
-    if web.user_header and (name := request.headers.get(web.user_header, "").strip()):
+    named = [_text(value).strip() for value in request.headers.getlist(web.user_header)] if web.user_header else []
+    if any(named):
         if request.client is None or not _trusted(site.config, request.client.host):
             raise _Refused(f"{web.user_header} is believed from trusted_proxies alone", code="user-header")
-        name = "".join(sign if sign.isprintable() else "?" for sign in name)[:LONGEST_NAME]
-        return User(name, not web.operators or name in web.operators), door.sessions.csrf(f"proxy {name}")
+        if len(named) > 1:  # the proxy added its own to what the browser sent
+            raise _Refused(f"{web.user_header} came {len(named)} times: the proxy must overwrite it",
+                           code="user-header")
+        may_act = not web.operators or named[0] in web.operators
+        return User(_printable(named[0])[:LONGEST_NAME], may_act), door.sessions.csrf(f"proxy {named[0]}")
     raise _Refused("who asks is not known: log in, or send a token")
+
+
+def _text(value: str) -> str:
+    """The text of a header, which comes as latin-1 (RFC 9110 5.5): proxies write names in UTF-8."""
+    try:
+        return value.encode("latin-1").decode("utf-8")
+    except UnicodeDecodeError:
+        return value
+
+
+def _printable(text: str) -> str:
+    return "".join(sign if sign.isprintable() else "?" for sign in text)
 
 
 async def _viewer(request: Request, site: SiteNow, _bearer: Annotated[object, Security(HTTPBearer(
@@ -242,14 +275,20 @@ def _foreign(request: Request, config: Config) -> str:
     if site := request.headers.get("Sec-Fetch-Site"):
         return "" if site in ("same-origin", "none") else f"it comes from another site (Sec-Fetch-Site: {site[:20]})"
     origin = request.headers.get("Origin", "null")
-    if origin == "null" or urlsplit(origin).netloc == request.headers.get("Host", ""):
+    if origin == "null":
         return ""
-    return "" if urlsplit(origin).hostname in config.web.hosts else f"it comes from a page of {origin[:100]}"
+    try:
+        found = urlsplit(origin)
+        ours = found.netloc == request.headers.get("Host", "") or found.hostname in config.web.hosts
+    except ValueError:  # no address at all
+        ours = False
+    return "" if ours else f"it comes from a page of {origin[:100]}"
 
 
 async def _refuse(request: Request, site: Site, code: str, reason: str) -> None:
     door: Door = request.app.state.door
-    await run_in_threadpool(door.refusals.record, address_of(request, site.config), code, reason)
+    await run_in_threadpool(door.refusals.record, address_of(request, site.config), code,
+                            _printable(reason)[:LONGEST_REASON])
 
 
 #: Arguments of a handler: who asks; with Operator, refused unless they may act.

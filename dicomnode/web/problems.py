@@ -87,7 +87,10 @@ def _to_login(request: Request, error: Any) -> Response:
     """A browser is taken to the page that asks for the token, and from there to where it wanted to be."""
     root = request.app.state.site.config.web.root_path
     if request.headers.get("HX-Request"):  # htmx replaces part of a page: the login belongs into the whole window
-        back = urlsplit(request.headers.get("HX-Current-URL", "")).path.removeprefix(root)
+        try:
+            back = urlsplit(request.headers.get("HX-Current-URL", "")).path.removeprefix(root)
+        except ValueError:  # no address
+            back = "/"
         return Response(status_code=401, headers={"HX-Redirect": _login(root, back)})
     if request.method not in ("GET", "HEAD"):
         return answer(request, 401, "nothing was done: you are not logged in (any more). Remedy: log in and repeat it")

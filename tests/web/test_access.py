@@ -145,6 +145,8 @@ def test_htmx_is_sent_to_the_login_with_the_whole_window(house: House) -> None:
     """The login page must not land inside a table; afterwards one is where one was."""
     answer = house.client().get("/look", headers={"HX-Request": "true", "HX-Current-URL": f"{HOME}/studies?q=1"})
     assert answer.status_code == 401 and answer.headers["HX-Redirect"] == "/login?next=/studies"
+    answer = house.client().get("/look", headers={"HX-Request": "true", "HX-Current-URL": "http://["})
+    assert answer.status_code == 401 and answer.headers["HX-Redirect"] == "/login"
 
 
 def test_the_viewers_token_looks_and_does_not_act(house: House) -> None:
@@ -281,7 +283,7 @@ def test_a_link_lets_in_once_and_not_for_long(house: House) -> None:
 @pytest.mark.parametrize("headers", [
     {}, {"X-CSRF-Token": "wrong"}, {"X-CSRF-Token": "\u00fc".encode("latin-1")},
     {"Sec-Fetch-Site": "cross-site"}, {"Sec-Fetch-Site": "same-site"}, {"Origin": "https://evil.example"},
-    {"Origin": "http://127.0.0.1:9999"}])
+    {"Origin": "http://127.0.0.1:9999"}, {"Origin": "http://["}])
 def test_a_cookie_alone_changes_nothing(house: House, headers: dict[str, str]) -> None:
     """No secret, a wrong one, or the right one in a request from elsewhere: 403, and a line of history."""
     client = house.logged_in()
@@ -329,7 +331,37 @@ def test_nobody_else_may_name_a_user(build: Build, address: str) -> None:
     client = house.client(address=address, X_Remote_User="anna", X_Forwarded_For="192.0.2.3")
     assert client.get("/look").status_code == 303
     assert client.post("/act").status_code == 401
-    assert set(house.recorded()) == {("user-header", address)}
+    assert set(house.recorded()) == {("user-header", address.removeprefix("::ffff:"))}
+
+
+def test_a_header_that_the_proxy_only_added_to_is_not_believed(build: Build) -> None:
+    """Two names: one of them is what the browser sent. A name that differs in an underscore is another header."""
+    client = build(PROXY).client(address="192.0.2.3")
+    for headers in ([("X-Remote-User", "anna"), ("X-Remote-User", "bert")], [("X_Remote_User", "anna")]):
+        assert client.get("/look", headers=headers).status_code == 303
+
+
+@pytest.mark.parametrize(("sent", "name"), [("jürgen".encode(), "jürgen"), (b"j\xfcrgen", "jürgen"),
+                                            ("an\u202ena\u0007".encode(), "an?na?"), (b"x" * 5000, "x" * 64)])
+def test_names_of_users_are_read_as_they_were_written_and_are_safe_to_show(build: Build, sent: bytes,
+                                                                           name: str) -> None:
+    """UTF-8 as proxies send it, latin-1 as RFC 9110 has it; no control characters, not without end."""
+    house = build(PROXY.replace("anna", "jürgen"))
+    client, who = house.client(address="192.0.2.3"), {b"X-Remote-User": sent}
+    assert client.get("/look", headers=who).json() == {"name": name}
+    csrf = re.findall(r'"X-CSRF-Token": "([^"]+)"', client.get("/", headers=who).text)[0].encode()
+    answer = client.post("/act", headers=who | {b"X-CSRF-Token": csrf})
+    assert answer.status_code == (200 if name == "jürgen" else 403)
+
+
+def test_a_name_that_only_looks_like_an_operators_may_not_act(build: Build) -> None:
+    """Whether somebody may act is asked of the name as it came, not as it is shown."""
+    house = build(PROXY.replace('"anna"', f'"an?na", "{"x" * 64}"'))
+    for sent in ("an\u202ena".encode(), b"x" * 65):
+        client, who = house.client(address="192.0.2.3"), {b"X-Remote-User": sent}
+        csrf = re.findall(r'"X-CSRF-Token": "([^"]+)"', client.get("/", headers=who).text)[0].encode()
+        answer = client.post("/act", headers=who | {b"X-CSRF-Token": csrf})
+        assert answer.status_code == 403 and "look, not act" in answer.text
 
 
 def test_without_configuration_no_header_is_believed(house: House) -> None:
@@ -347,6 +379,24 @@ def test_guesses_behind_a_proxy_count_for_who_made_them(build: Build) -> None:
     assert house.recorded() == [("wrong-token", "203.0.113.9")] * ATTEMPTS
     other = house.client(address="192.0.2.3", Authorization=f"Bearer {OPERATOR}", X_Forwarded_For="203.0.113.10")
     assert other.get("/look").status_code == 200
+
+
+def test_a_guesser_is_known_again_however_the_proxy_writes_the_address(build: Build) -> None:
+    """With a port, as some do, or as IPv6; the proxy too is known under both forms of its address."""
+    house = build(PROXY)
+    for n in range(ATTEMPTS):
+        forms = (f"203.0.113.9:{5000 + n}", "::ffff:203.0.113.9", "203.0.113.9", f"[::ffff:203.0.113.9]:{n}")
+        house.client(address="::ffff:192.0.2.3", Authorization="Bearer wrong",
+                     X_Forwarded_For=forms[n % 4]).get("/look")
+    assert house.recorded() == [("wrong-token", "203.0.113.9")] * ATTEMPTS
+
+
+def test_what_a_request_writes_into_the_history_is_short_and_plain(house: House) -> None:
+    """It is kept for ever, and people read it."""
+    client = house.client(Authorization=f"Bearer {VIEWER}")
+    assert client.post(f"/studies/%E2%80%AE{'x' * 3000}/act/retry").status_code == 403
+    reason = house.app.state.site.ledger.events()[-1]["reason"]
+    assert len(reason) <= 300 and reason.isprintable()
 
 
 def test_under_a_prefix_every_address_carries_it(build: Build) -> None:
