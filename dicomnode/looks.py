@@ -79,8 +79,9 @@ def make(source: Volume, result: Deconvolution, info: SeriesInfo) -> Looks:
     from deconv.metrics import activity_change
     from deconv.projections import project, upright
     from deconv.uptake import regions
+    from sop.suv import shown_unit
 
-    unit, factor, note = _unit(info)
+    unit, factor, note = shown_unit(info, info.unit)
     before = upright(source)
     after = upright(result.image, before)
     mips = {"before": project(before), "after": project(after)}
@@ -111,22 +112,6 @@ def make(source: Volume, result: Deconvolution, info: SeriesInfo) -> Looks:
         "uncertainty": _uncertainty(result, after, arrays, top),
     }
     return Looks(measures, arrays)
-
-
-def _unit(info: SeriesInfo) -> tuple[str, float, str]:
-    """(unit shown, what a Volume value is multiplied by, why not SUV)."""
-    from sop.errors import Refused
-    from sop.suv import suv_factors
-
-    factors = suv_factors(info)
-    if not isinstance(factors.bw, Refused):
-        return "SUVbw", float(factors.bw), ""
-    if info.unit == "Bq/ml":
-        return "kBq/mL", 1e-3, factors.bw.reason
-    if info.unit == "{counts}":
-        return "counts", 1.0, factors.bw.reason
-    inner = info.unit.partition("{")[2].rstrip("}")
-    return inner or info.unit, 1.0, factors.bw.reason
 
 
 def shared_top(coronal: Image, highest: float, *, unit: str, length_mm: float) -> float:

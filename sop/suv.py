@@ -35,7 +35,8 @@ from sop.times import parse_date, parse_datetime, parse_time
 from sop.units import PHILIPS_BQML, PHILIPS_SUV, pet_scale, philips_factor
 
 __all__ = [
-    "SUVFactors", "body_surface_cm2", "decayed_dose", "lean_mass_hume_kg", "lean_mass_janmahasatian_kg", "suv_factors",
+    "SUVFactors", "body_surface_cm2", "decayed_dose", "lean_mass_hume_kg", "lean_mass_janmahasatian_kg", "shown_unit",
+    "suv_factors",
 ]
 
 GE_CREATOR, GE_SCAN_DATETIME = "GEMS_PETD_01", 0x0D
@@ -69,6 +70,25 @@ class SUVFactors:
         if isinstance(factor, Refused):
             raise factor
         return float(factor)
+
+
+def shown_unit(source: SeriesInfo | Dataset | Sequence[Dataset], unit: str) -> tuple[str, float, str]:
+    """(unit that people read, what a Volume value is multiplied by for it, why it is not SUVbw).
+
+    SUVbw where the headers lead to it, else kBq/mL for Bq/ml, else what the Volume is in, without UCUM's braces.
+    source   what `suv_factors` takes;  unit  of the Volume.
+
+    >>> header = Dataset(); header.Units, header.CorrectedImage, header.SUVType = "GML", ["ATTN"], "LBM"
+    >>> shown_unit(header, "g/ml{SUVlbm}")[:2], shown_unit(header, "{counts}/s")[:2]
+    (('SUVlbm', 1.0), ('counts/s', 1.0))
+    """
+    bw = suv_factors(source).bw
+    if not isinstance(bw, Refused):
+        return "SUVbw", float(bw), ""
+    if unit == "Bq/ml":
+        return "kBq/mL", 1e-3, bw.reason
+    before, _, annotation = unit.partition("{")
+    return (annotation.rstrip("}") if before else unit.replace("{", "").replace("}", "")) or unit, 1.0, bw.reason
 
 
 def lean_mass_hume_kg(weight_kg: float, size_m: float, sex: str) -> float:

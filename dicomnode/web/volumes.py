@@ -32,7 +32,7 @@ from dicomnode.ledger import Ledger
 from dicomnode.spool import Spool
 from sop.errors import Refused
 from sop.read import read_series
-from sop.suv import suv_factors
+from sop.suv import shown_unit
 from sop.units import pet_scale
 
 __all__ = ["PLANES", "Gone", "Pair", "Shelf", "open_pair", "oriented", "stamp_of"]
@@ -53,7 +53,7 @@ class Pair:
     """Source and derived volume of a job on oriented grids.
 
     before, after   None where the files are gone; `missing` then says why.
-    unit, factor    display value ("SUVbw", "kBq/mL", "counts") = value of the volume x factor.
+    unit, factor    display value (sop.suv.shown_unit) = value of the volume x factor.
     """
 
     before: Volume | None
@@ -172,9 +172,9 @@ def open_pair(ledger: Ledger, spool: Spool, job: dict[str, Any]) -> Pair:
     except (Gone, Refused, OSError, ValueError) as error:
         missing["before"] = str(error)
     try:
-        after, header = _derived(spool, job)
+        after, headers = _derived(spool, job)
         if before is None:
-            unit, factor = display_unit(after.unit, header)
+            unit, factor = _told(job) or shown_unit(headers(), after.unit)[:2]
     except (Gone, Refused, OSError, ValueError) as error:
         missing["after"] = str(error)
     except (InvalidDicomError, AttributeError, KeyError, EOFError) as error:  # what pydicom makes of a damaged file
@@ -182,15 +182,10 @@ def open_pair(ledger: Ledger, spool: Spool, job: dict[str, Any]) -> Pair:
     return Pair(before, after, unit, factor, missing)
 
 
-def display_unit(unit: str, source: Any) -> tuple[str, float]:
-    """The unit that people read, and by what values are multiplied for it: SUVbw, else kBq/mL, else counts.
-
-    source   what sop.suv.suv_factors takes.
-    """
-    bw = suv_factors(source).bw
-    if not isinstance(bw, Refused):
-        return "SUVbw", bw
-    return ("kBq/mL", 1e-3) if unit == "Bq/ml" else ("counts", 1.0)
+def _told(job: dict[str, Any]) -> tuple[str, float] | None:
+    """Unit and factor that the job's report and pictures are in; None for a job of a version that told none."""
+    measures = (job["report"] or {}).get("looks") or {}
+    return (str(measures["unit"]), float(measures["factor"])) if "factor" in measures else None
 
 
 def _source(ledger: Ledger, spool: Spool, job: dict[str, Any]) -> tuple[Volume, str, float]:
@@ -203,13 +198,13 @@ def _source(ledger: Ledger, spool: Spool, job: dict[str, Any]) -> tuple[Volume, 
         raise Gone("the files of the source were removed after delivery, as [retention] says" if at else
                    "the files of the source are not in the data directory. Remedy: dicomnode repair")
     volume, info = read_series(files)
-    unit, factor = display_unit(volume.unit, info)
+    unit, factor, _ = shown_unit(info, volume.unit)
     kept = _mapped(volume.shape, spool, volume, lambda out: np.copyto(out, volume.array))
     return oriented(kept), unit, factor
 
 
-def _derived(spool: Spool, job: dict[str, Any]) -> tuple[Volume, Dataset]:
-    """The derived series from its files, and one of its headers. Raises Gone, OSError, ValueError.
+def _derived(spool: Spool, job: dict[str, Any]) -> tuple[Volume, Callable[[], list[Dataset]]]:
+    """The derived series from its files, and what reads all its headers. Raises Gone, OSError, ValueError.
 
     We wrote them: native, one grid, RescaleIntercept 0. So each file is read once, which sop.read cannot do; the same
     values come out.
@@ -241,7 +236,8 @@ def _derived(spool: Spool, job: dict[str, Any]) -> tuple[Volume, Dataset]:
         for k, i in enumerate(order):
             out[k] = stored[i] * (float(heads[i].RescaleSlope) * scale.factors[i])
 
-    return oriented(_mapped(shape, spool, grid, fill)), first
+    return (oriented(_mapped(shape, spool, grid, fill)),
+            lambda: [dcmread(path, stop_before_pixels=True) for path in paths])
 
 
 def _read_into(out: NDArray[np.integer], path: Path) -> Dataset:

@@ -17,6 +17,7 @@ from sop.suv import (
     decayed_dose,
     lean_mass_hume_kg,
     lean_mass_janmahasatian_kg,
+    shown_unit,
     suv_factors,
 )
 from sop.times import parse_date, parse_datetime, parse_time
@@ -298,3 +299,13 @@ def test_decay_is_undone_by_growth(dose, half_lives, half_life):
 def test_factors_are_a_plain_value():
     """Equal inputs, equal factors."""
     assert isinstance(suv_factors(pet()), SUVFactors) and suv_factors(pet()) == suv_factors(pet())
+
+
+@pytest.mark.parametrize("unit, shown", [
+    ("Bq/ml", "kBq/mL"), ("{counts}", "counts"), ("{counts}/s", "counts/s"), ("{propcounts}/s", "propcounts/s"),
+    ("g/ml{SUVlbm}", "SUVlbm"), ("g/ml{SUVlbm(Janma)}", "SUVlbm(Janma)"), ("cm2/ml{SUVbsa}", "SUVbsa")])
+def test_what_is_no_suvbw_is_shown_in_its_own_unit(unit: str, shown: str) -> None:
+    """Never under another name, with the reason why there is no SUVbw."""
+    header = pet(PatientWeight="", DecayCorrection="NONE")[0]
+    name, factor, why = shown_unit(header, unit)
+    assert (name, factor) == (shown, 1e-3 if unit == "Bq/ml" else 1.0) and "no SUV" in why

@@ -168,6 +168,22 @@ def test_what_is_purged_says_so(app, node, client, base):
     assert "removed after delivery" in found.text and "data-viewer" in found.text
 
 
+def test_without_its_source_a_series_is_shown_in_the_unit_of_its_report(app, node):
+    """The factor was found from all headers of the source; one derived header could lead to another. A job of a version
+    that told none is asked by all of its headers."""
+    site = app.state.site
+    job = site.ledger.job(node.job)
+    factor = open_pair(site.ledger, site.spool, job).factor
+    shutil.rmtree(site.spool.absolute(f"objects/{job['study_uid']}/{job['series_uid']}"))
+    told = job["report"]["looks"]
+    other = job | {"report": job["report"] | {"looks": told | {"unit": "kBq/mL", "factor": 1e-3}}}
+    pair = open_pair(site.ledger, site.spool, other)
+    assert pair.before is None and (pair.unit, pair.factor) == ("kBq/mL", 1e-3)
+    older = open_pair(site.ledger, site.spool, job | {"report": {}})
+    assert (older.unit, older.factor) == ("SUVbw", pytest.approx(factor, rel=1e-9))
+    assert told["factor"] == factor
+
+
 def test_a_compressed_source_shows_the_same_values(app, node):
     """Sources come as the scanner or PACS sends them; RLE Lossless decodes to what it was made of."""
     site = app.state.site
