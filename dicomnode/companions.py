@@ -180,13 +180,14 @@ def _kernel(origin: Origin, result: Deconvolution, folder: Path, report: Mapping
 
 
 def _pictures(origin: Origin, result: Deconvolution, folder: Path, report: Mapping[str, Any]) -> Made:
-    from dicomnode.qcpictures import draw
+    from dicomnode.qcpictures import FOOTER, draw
     from sop.picture import picture_objects
 
     derived = origin.derived
     heading = (f"{derived.series_description}, series {derived.series_number}: {report['method']}, preset "
                f"{report['preset']}, dicomnode {origin.derivation.software_version}")
-    drawn = [(one.title, one.rgb) for one in draw(_looks(folder), heading)]
+    drawn = [(one.title, one.rgb) for one in draw(
+        _looks(folder), heading, footer=FOOTER if origin.derivation.research_use else "")]
     return [("pictures", picture_objects(drawn, origin, origin.series("pictures")))]
 
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FOOTER", "QcPicture", "draw"]
 
-FOOTER = "Research use, not for diagnosis"
+FOOTER = "Research use, not for diagnosis"  # unless the site turns it off (derived.research_use)
 WIDTH = 1400  # pixels
 DPI = 100
 EDGE = 36
@@ -59,31 +59,41 @@ class QcPicture:
         return held.getvalue()
 
 
-def draw(looks: Looks, heading: str, *, regions: bool = True) -> list[QcPicture]:
+def draw(looks: Looks, heading: str, *, regions: bool = True, footer: str = FOOTER) -> list[QcPicture]:
     """The pictures, each under `heading`; that of the kernel only where there is one, that of regions likewise.
 
     regions   False: without that of the regions, for a page that has them as a table and charts.
+    footer    stands below each; "" for none.
     """
-    found = [_mips(looks, heading)]
+    frame = _Frame(heading, footer)
+    found = [_mips(looks, frame)]
     if looks.measures["kernel"] is not None:
-        found.append(_kernel(looks, heading))
+        found.append(_kernel(looks, frame))
     if regions and looks.measures["regions"]:
-        found.append(_regions(looks, heading))
-    return [*found, _residual(looks, heading)]
+        found.append(_regions(looks, frame))
+    return [*found, _residual(looks, frame)]
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """What every picture bears: its heading, and the words below."""
+
+    heading: str
+    footer: str
 
 
 class _Sheet:
     """A white page of WIDTH pixels; places are (left, top, width, height) in pixels from its upper left corner."""
 
-    def __init__(self, title: str, heading: str, body: int) -> None:
-        lines = textwrap.wrap(heading, 130, max_lines=2, placeholder=" …") or [""]
+    def __init__(self, title: str, frame: _Frame, body: int) -> None:
+        lines = textwrap.wrap(frame.heading, 130, max_lines=2, placeholder=" …") or [""]
         self.start = 74 + 24 * len(lines)
         self.height = self.start + body + 52
         self.figure = Figure(figsize=(WIDTH / DPI, self.height / DPI), dpi=DPI, facecolor="white")
         self.write(EDGE, 24, title, size=TITLE, weight="bold")
         for number, line in enumerate(lines):
             self.write(EDGE, 60 + 24 * number, line, colour=QUIET)
-        self.write(WIDTH / 2, self.height - 36, FOOTER, size=TEXT, colour=MARK, weight="bold", ha="center")
+        self.write(WIDTH / 2, self.height - 36, frame.footer, size=TEXT, colour=MARK, weight="bold", ha="center")
 
     def write(self, x: float, y: float, text: str, *, size: float = TEXT, colour: str = INK, weight: str = "normal",
               ha: str = "left") -> None:
@@ -260,12 +270,12 @@ def _bar(sheet: _Sheet, place: _Place, image: Any, label: str, extend: str) -> N
               extend=extend)
 
 
-def _mips(looks: Looks, heading: str) -> QcPicture:
+def _mips(looks: Looks, frame: _Frame) -> QcPicture:
     top, unit = looks.measures["top"], looks.measures["unit"]
     one_row, *views = _two_views(looks)
     places = _placed([(("before", view), ("after", view)) for view in views], one_row=one_row, bar_each=False)
     title = "Maximum intensity projections, before and after, at one scale"
-    sheet = _Sheet(title, heading, round(_bottom(places)))
+    sheet = _Sheet(title, frame, round(_bottom(places)))
     over = any(looks.arrays[f"{name}.coronal"].max() > top for name in ("before", "after"))
     for place in places:
         panel, image = _show(sheet, looks, place, cmap="gray_r", vmin=0, vmax=top)
@@ -289,14 +299,14 @@ def _mark(panel: Axes, regions: Sequence[Mapping[str, Any]], view: _View) -> Non
                        path_effects=rim)
 
 
-def _residual(looks: Looks, heading: str) -> QcPicture:
+def _residual(looks: Looks, frame: _Frame) -> QcPicture:
     told = "uncertainty.coronal" in looks.arrays
     one_row, first, second = _two_views(looks)
     names = ("residual", "uncertainty") if told else ("residual",)
     places = _placed([((name, first), (name, second)) for name in names], one_row=one_row, bar_each=True)
     title = "Residual and uncertainty" if told else "Residual"
     words = _residual_words(looks.measures)
-    sheet = _Sheet(title, heading, round(_bottom(places)) + 24 * len(words) + 10)
+    sheet = _Sheet(title, frame, round(_bottom(places)) + 24 * len(words) + 10)
     limits = _limits(looks)
     for place in places:
         _, image = _show(sheet, looks, place, **limits[place.name])
@@ -328,10 +338,10 @@ def _residual_words(measures: Mapping[str, Any]) -> list[str]:
 # --- kernel
 
 
-def _kernel(looks: Looks, heading: str) -> QcPicture:
+def _kernel(looks: Looks, frame: _Frame) -> QcPicture:
     kernel = looks.measures["kernel"]
     title = "Kernel: the blur that was taken out"
-    sheet = _Sheet(title, heading, 830)
+    sheet = _Sheet(title, frame, 830)
     names = ("slices", "rows", "columns")
     reach = max(len(line) * step / 2 for line, step in zip(kernel["lines"], kernel["spacing_mm"], strict=True))
     for axis in range(3):
@@ -367,12 +377,12 @@ def _kernel_line(panel: Axes, kernel: Mapping[str, Any], axis: int, name: str, r
 # --- regions and profiles
 
 
-def _regions(looks: Looks, heading: str) -> QcPicture:
+def _regions(looks: Looks, frame: _Frame) -> QcPicture:
     measures = looks.measures
     rows = list(dict.fromkeys(profile["region"] for profile in measures["profiles"]))
     table = 140 + 34 * len(measures["regions"])
     title = "Largest uptakes: the same regions before and after"
-    sheet = _Sheet(title, heading, table + 290 * len(rows) + 40)
+    sheet = _Sheet(title, frame, table + 290 * len(rows) + 40)
     _table(sheet, measures)
     for number, label in enumerate(rows):
         lines = [profile for profile in measures["profiles"] if profile["region"] == label]

@@ -178,7 +178,7 @@ class StudyReport:
     seconds: float
     node: str
     software: str
-    notice: str
+    notice: str  # "" where the site wants none
     verdicts: tuple[Verdict, ...]
     sections: tuple[Section, ...]
 

@@ -33,7 +33,7 @@ from dicomnode.spool import Spool
 __all__ = ["NOTICE", "compose"]
 
 Json = Mapping[str, Any]
-NOTICE = "Research use, not for diagnosis"
+NOTICE = "Research use, not for diagnosis"  # unless the site turns it off (derived.research_use)
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def compose(ledger: Ledger, spool: Spool, config: Config, study: str, *, now: fl
         seconds=now,
         node=config.node.ae_title,
         software=f"dicomnode {__version__}",
-        notice=NOTICE,
+        notice=NOTICE if config.derived.research_use else "",
         verdicts=tuple(tell(value["series"], waits, times)),
         sections=(
             _received(value, rows, times),
@@ -122,7 +122,8 @@ def _processed(series: Json, told: _Study) -> Iterator[Section]:
     yield Section(f"What was done with {_what(series)}",
                   (_job(newest, row, told.times), *_earlier(series["jobs"][:-1])))
     heading = f"{told.name}, job {newest['job']}: {newest['method']}, preset {newest['preset']}"
-    yield from figures.sections(newest, row, told.spool, heading)
+    yield from figures.sections(newest, row, told.spool, heading,
+                                footer=NOTICE if told.config.derived.research_use else "")
     yield Section("Delivery", tuple(_deliveries(newest, row, told)))
 
 

@@ -37,18 +37,18 @@ def patient(ledger: Ledger, spool: Spool, study: str) -> str:
     return ""
 
 
-def sections(job: Json, row: Json, spool: Spool, heading: str) -> Iterator[Section]:
+def sections(job: Json, row: Json, spool: Spool, heading: str, *, footer: str) -> Iterator[Section]:
     """The parts about the result of one job; none where it has no report yet.
 
     job      as of dicomnode.views.show; row: the same job's row of the ledger.
-    heading  stands in the pictures.
+    heading, footer  stand in the pictures.
     """
     report = job["report"]
     if not report:
         return
     yield Section("Result", tuple(_result(report)), level=3)
     if job["derived_series"]:
-        yield Section("Pictures", tuple(_pictures(report, row, spool, heading)), level=3)
+        yield Section("Pictures", tuple(_pictures(report, row, spool, heading, footer)), level=3)
     measures = report.get("looks") or {}
     if "regions" in measures:
         yield Section("Regions of highest uptake", tuple(_regions(measures)), level=3)
@@ -56,7 +56,7 @@ def sections(job: Json, row: Json, spool: Spool, heading: str) -> Iterator[Secti
     yield Section("Safeguards", tuple(_safeguards(report)), level=3)
 
 
-def _pictures(report: Json, row: Json, spool: Spool, heading: str) -> Iterator[Block]:
+def _pictures(report: Json, row: Json, spool: Spool, heading: str, footer: str) -> Iterator[Block]:
     """What dicomnode.qcpictures draws, but for the regions, which the report has as table and charts."""
     folder = spool.absolute(row["derived_path"]) if row["derived_path"] else None
     if folder is None or not folder.is_dir():
@@ -75,7 +75,7 @@ def _pictures(report: Json, row: Json, spool: Spool, heading: str) -> Iterator[B
         return
     from dicomnode import qcpictures  # loads matplotlib
 
-    for picture in qcpictures.draw(seen, heading, regions=False):
+    for picture in qcpictures.draw(seen, heading, regions=False, footer=footer):
         rows, columns = picture.rgb.shape[:2]
         yield Picture(picture.title, _alt(picture.name, seen.measures), picture.png(), (columns, rows))
 

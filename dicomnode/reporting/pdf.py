@@ -276,7 +276,8 @@ class _Document(BaseDocTemplate):
         super().__init__(
             out, pagesize=A4, leftMargin=MARGIN_X, rightMargin=MARGIN_X, topMargin=TOP, bottomMargin=BOTTOM,
             title=f"{report.title}: {report.name}", author=report.node, creator=report.software,
-            subject=f"study {report.study}", keywords=[report.notice], lang="en", displayDocTitle=True, invariant=1)
+            subject=f"study {report.study}", keywords=[report.notice] if report.notice else [], lang="en",
+            displayDocTitle=True, invariant=1)
         self._report, self._entries = report, 0
         frame = Frame(MARGIN_X, BOTTOM, WIDTH, HEIGHT, leftPadding=0, rightPadding=0, topPadding=0, bottomPadding=0)
         self.addPageTemplates(PageTemplate("page", [frame], onPage=self._frame_of_page))

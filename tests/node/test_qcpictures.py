@@ -91,6 +91,16 @@ def test_what_a_series_does_not_have_is_not_drawn(tall: Drawn) -> None:
     assert [picture.name for picture in qcpictures.draw(empty, HEADING)] == ["mips", "residual"]
 
 
+def test_the_words_below_are_left_out_where_the_site_wants_none(tall: Drawn, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every picture says that it is for research, or none does."""
+    assert tall.written.count(qcpictures.FOOTER) == len(tall.pictures)
+    written: list[str] = []
+    write = Figure.text
+    monkeypatch.setattr(Figure, "text", lambda self, x, y, s, **more: written.append(s) or write(self, x, y, s, **more))
+    qcpictures.draw(tall.looks, HEADING, footer="")
+    assert HEADING in written and qcpictures.FOOTER not in written
+
+
 @pytest.mark.parametrize("which", ["flat", "tall"])
 def test_before_and_after_share_one_scale(which: str, request: pytest.FixtureRequest) -> None:
     """Every MIP is drawn from 0 to the top of the grey scale; every panel of a picture has the same mm per pixel."""

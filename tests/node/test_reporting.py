@@ -20,7 +20,7 @@ from pydicom import dcmread
 from pypdf import PdfReader
 from typer.testing import CliRunner
 
-from dicomnode import looks, views
+from dicomnode import looks, qcpictures, views
 from dicomnode.cli import app
 from dicomnode.config import Config, parse
 from dicomnode.errors import RefusedInput
@@ -182,6 +182,19 @@ def test_the_pages_are_numbered_and_listed(delivered):
     assert paper.metadata.creation_date.timestamp() == int(delivered.seconds)
     titles: list[Any] = [entry for entry in paper.outline if not isinstance(entry, list)]
     assert [entry["/Title"] for entry in titles] == [one.title for one in delivered.sections if one.level == 2]
+
+
+def test_a_site_that_turns_the_notice_off_has_none_anywhere(node, ledger, config, monkeypatch):
+    """`derived.research_use = false` holds for the report, for both of its formats and for the pictures in them."""
+    asked = []
+    monkeypatch.setattr(qcpictures, "draw", lambda *_, footer, **__: asked.append(footer) or [])
+    off = config.model_copy(update={"derived": config.derived.model_copy(update={"research_use": False})})
+    quiet, usual = (content.compose(ledger, Spool(config.node.data_dir), one, node.studies["delivered"], now=node.now)
+                    for one in (off, config))
+    assert asked == ["", content.NOTICE]
+    assert content.NOTICE in html.render(usual) and content.NOTICE not in html.render(quiet)
+    assert squeezed(content.NOTICE) in squeezed(pdf_text(pdf.render(usual)))
+    assert squeezed(content.NOTICE) not in squeezed(pdf_text(pdf.render(quiet)))
 
 
 def test_every_font_is_embedded(delivered):

@@ -301,7 +301,7 @@ def test_factors_are_a_plain_value():
     assert isinstance(suv_factors(pet()), SUVFactors) and suv_factors(pet()) == suv_factors(pet())
 
 
-@pytest.mark.parametrize("unit, shown", [
+@pytest.mark.parametrize(("unit", "shown"), [
     ("Bq/ml", "kBq/mL"), ("{counts}", "counts"), ("{counts}/s", "counts/s"), ("{propcounts}/s", "propcounts/s"),
     ("g/ml{SUVlbm}", "SUVlbm"), ("g/ml{SUVlbm(Janma)}", "SUVlbm(Janma)"), ("cm2/ml{SUVbsa}", "SUVbsa")])
 def test_what_is_no_suvbw_is_shown_in_its_own_unit(unit: str, shown: str) -> None:
