@@ -17,7 +17,7 @@ from dataclasses import replace
 
 import uvicorn
 from fastapi import FastAPI
-from fastapi.responses import PlainTextResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.types import Receive, Scope, Send
 
@@ -30,6 +30,8 @@ from dicomnode.secretfiles import require_private
 from dicomnode.spool import Spool
 from dicomnode.web.access import operator_token, viewer_token
 from dicomnode.web.app import create
+from dicomnode.web.patience import Patience
+from dicomnode.web.security import HEADERS
 
 __all__ = ["run"]
 
@@ -40,6 +42,7 @@ AGAIN_S = 10.0   # between attempts to open the ledger
 BEAT_S, SILENT_S = 5.0, 120.0  # a handler that reads a large ledger from a slow disk is no hang
 CONNECTIONS = 200
 BACKLOG = 128
+TICKS = 10  # of uvicorn, 0.1 s each, between two looks at the connections
 LARGEST_HEAD = 16 * 1024  # bytes of request line and headers
 
 log = get_logger("web")
@@ -131,8 +134,9 @@ class _House:
             await self._app(scope, receive, send)
         elif scope["type"] == "http":
             alive = scope["path"] == "/healthz"
-            answer = PlainTextResponse('{"status": "alive"}' if alive else f"dicomnode: {self._problem}\n",
-                                       200 if alive else 503, {"Cache-Control": "no-store", "Retry-After": "10"})
+            headers = HEADERS | {"Cache-Control": "no-store"}
+            answer = JSONResponse({"status": "alive"}, headers=headers) if alive else PlainTextResponse(
+                f"dicomnode: {self._problem}\n", 503, headers | {"Retry-After": "10"})
             await answer(scope, receive, send)
 
     def look_after(self, reloader: Reloader | None) -> None:
@@ -164,7 +168,7 @@ class _House:
 
 
 class _Server(uvicorn.Server):
-    """Shows that the loop and the threads of the handlers get on: a beat goes through both."""
+    """Shows that the loop and the threads of the handlers get on: a beat goes through both. Slow clients are ended."""
 
     def __init__(self, house: _House, context: ssl.SSLContext | None, pulse: Pulse) -> None:
         super().__init__(uvicorn.Config(
@@ -174,6 +178,7 @@ class _Server(uvicorn.Server):
             h11_max_incomplete_event_size=LARGEST_HEAD,
             ssl_context_factory=None if context is None else lambda _config, _default: context))
         self._pulse, self._beat_at = pulse, 0.0
+        self._patience = Patience()
         self._beat: asyncio.Task[None] | None = None
         pulse.expect("web", SILENT_S)
 
@@ -182,4 +187,7 @@ class _Server(uvicorn.Server):
         if now - self._beat_at > BEAT_S and (self._beat is None or self._beat.done()):
             self._beat_at = now
             self._beat = asyncio.create_task(run_in_threadpool(self._pulse.beat, "web"))
+        if counter % TICKS == 0 and (ended := self._patience.look(self.server_state.connections)):
+            log.warning("connections were ended: their clients asked nothing, or too slowly", action="web_slow",
+                        connections=ended)
         return await super().on_tick(counter)

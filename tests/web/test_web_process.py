@@ -17,11 +17,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fastapi.testclient import TestClient
 
 from dicomnode import serve
 from dicomnode.config import parse
 from dicomnode.ledger import Ledger
 from dicomnode.process import Pulse
+from dicomnode.web import run
+from dicomnode.web.security import HEADERS
 from tests.certificates import Authority
 from tests.peers import REPOSITORY, free_port, wait_until
 
@@ -201,3 +204,15 @@ def test_without_being_enabled_it_is_no_part_of_the_node(monkeypatch: pytest.Mon
     seen[1][2].starts = 100
     supervisor._start(seen[1][2])
     assert started == ["web"] and not seen[1][2].vital
+
+
+def test_without_a_ledger_too_every_answer_is_protected(tmp_path: Path) -> None:
+    """The same headers as any page; nothing of it stays in a cache."""
+    (tmp_path / "ledger.sqlite3").write_bytes(b"no ledger at all" * 1000)
+    client = TestClient(run._House(parse(f'[node]\ndata_dir = "{tmp_path}"\n')), base_url="http://127.0.0.1")
+    for path, status in (("/", 503), ("/healthz", 200), ("/readyz", 503)):
+        answer = client.get(path)
+        assert answer.status_code == status
+        assert dict(answer.headers).items() >= {name.lower(): value for name, value in HEADERS.items()}.items()
+        assert answer.headers["Cache-Control"] == "no-store"
+    assert client.get("/healthz").json() == {"status": "alive"}
