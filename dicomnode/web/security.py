@@ -2,6 +2,7 @@
 
     Host        the name by which we are called must be ours, or an address: a page elsewhere whose name is turned to
                 our address (DNS rebinding) gets no answer
+    HEAD        is answered as GET is, without the body
     root_path   a reverse proxy may leave its prefix on the path or take it off
     size        no body is larger than LARGEST_BODY: forms are short
     headers     of the answer: browsers run nothing that is not ours, and keep nothing
@@ -58,8 +59,9 @@ class Gate:
         path = scope["path"]
         if self._root and (path == self._root or path.startswith(f"{self._root}/")):
             path = path[len(self._root):] or "/"
-        scope = {**scope, "path": path, "raw_path": path.encode()}
-        await self._answer(scope, receive, _Finished(scope, send, self._monotonic))
+        method = "GET" if scope["method"] == "HEAD" else scope["method"]
+        finished = _Finished(scope, send, self._monotonic)
+        await self._answer({**scope, "method": method, "path": path, "raw_path": path.encode()}, receive, finished)
 
     async def _answer(self, scope: Scope, receive: Receive, send: _Finished) -> None:
         headers, request = Headers(scope=scope), Request(scope)
@@ -128,4 +130,6 @@ class _Finished:
             headers.setdefault("Cache-Control", "no-store")
             log.debug("answered", action="web_request", method=self._scope["method"], path=self._scope["path"],
                       status=message["status"], ms=round(1000 * (self._monotonic() - self._since), 1))
+        elif self._scope["method"] == "HEAD":
+            message = {**message, "body": b""}
         await self._send(message)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from fastapi import APIRouter, FastAPI
 from fastapi.testclient import TestClient
+from structlog.testing import capture_logs
 
 from dicomnode.config import parse
 from dicomnode.errors import ConfigError
@@ -83,7 +84,8 @@ def build(tmp_path: Path) -> Iterator[Build]:
         made.append(House(app, now))
         return made[-1]
 
-    yield house
+    with capture_logs():  # the traceback of /fail, drawn for people, takes seconds
+        yield house
     for one in made:
         one.app.state.site.ledger.close()
 
