@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image as PngImage
 
 from dicomnode.looks import Looks, extent
+from dicomnode.wording import AXES, change, uptake, volume
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -353,14 +354,14 @@ def _kernel(looks: Looks, frame: _Frame) -> QcPicture:
         panel.imshow(projection, cmap="gray_r", interpolation="nearest", aspect="auto", vmin=0,
                      extent=(-half[1], half[1], half[0], -half[0]))
         panel.set(xlim=(-reach, reach), ylim=(reach, -reach))
-        panel.set_title(f"Summed along the {names[axis]}", fontsize=HEAD, color=INK, fontweight="bold", pad=10)
-        panel.set_xlabel(f"mm along the {names[across]}", fontsize=SMALL, color=QUIET)
-        panel.set_ylabel(f"mm along the {names[down]}", fontsize=SMALL, color=QUIET)
-        _kernel_line(sheet.panel(left, sheet.start + 486, 320, 280), kernel, axis, names[axis], reach)
+        panel.set_title(f"Summed over the {names[axis]}", fontsize=HEAD, color=INK, fontweight="bold", pad=10)
+        panel.set_xlabel(f"mm {AXES[across]}", fontsize=SMALL, color=QUIET)
+        panel.set_ylabel(f"mm {AXES[down]}", fontsize=SMALL, color=QUIET)
+        _kernel_line(sheet.panel(left, sheet.start + 486, 320, 280), kernel, axis, reach)
     return sheet.picture("kernel", title)
 
 
-def _kernel_line(panel: Axes, kernel: Mapping[str, Any], axis: int, name: str, reach: float) -> None:
+def _kernel_line(panel: Axes, kernel: Mapping[str, Any], axis: int, reach: float) -> None:
     """The values through the maximum, and the width at half of it."""
     line, step, width = kernel["lines"][axis], kernel["spacing_mm"][axis], kernel["fwhm_mm"][axis]
     mm = (np.arange(len(line)) - len(line) // 2) * step
@@ -368,7 +369,7 @@ def _kernel_line(panel: Axes, kernel: Mapping[str, Any], axis: int, name: str, r
     panel.axhline(max(line) / 2, color=QUIET, lw=1.2, ls="--", zorder=0)
     panel.set(xlim=(-reach, reach), ylim=(0, max(line) * 1.08))
     panel.set_title(f"FWHM {width:.2f} mm", fontsize=HEAD, color=INK, fontweight="bold", pad=8)
-    panel.set_xlabel(f"mm along the {name}", fontsize=SMALL, color=QUIET)
+    panel.set_xlabel(f"mm {AXES[axis]}", fontsize=SMALL, color=QUIET)
     if axis == 0:
         panel.set_ylabel("share of the activity", fontsize=SMALL, color=QUIET)
     panel.spines[["top", "right"]].set_visible(False)
@@ -404,25 +405,17 @@ def _table(sheet: _Sheet, measures: Mapping[str, Any]) -> None:
     for number, region in enumerate(measures["regions"], start=1):
         y = top + 34 * number
         centre = ", ".join(f"{value:.0f}" for value in region["centre_mm"])
-        for (_, place), text in zip(COLUMNS, (region["label"], f"{region['volume_ml']:.2f}",
+        for (_, place), text in zip(COLUMNS, (region["label"], volume(region["volume_ml"]),
                                               f"{100 * region['threshold']:.0f} %", centre)):
             sheet.write(EDGE + place, y, text)
         for key, place in COLUMNS[4:]:
-            sheet.write(EDGE + place, y, _change(region["before"][key], region["after"][key]))
+            sheet.write(EDGE + place, y, f"{uptake(region['before'][key])} → {uptake(region['after'][key])} "
+                        f"({change(region['before'][key], region['after'][key])})")
     y = top + 34 * (len(measures["regions"]) + 1) + 8
     sheet.write(EDGE, y, "A region: source voxels above the threshold, a share of its maximum. Peak: highest mean in a "
                 "sphere of 1 mL.", colour=QUIET)
     for name, colour, place in (("before", BEFORE, 1140), ("after", AFTER, 1275)):
         sheet.write(place, y + 42, f"— {name}", colour=colour, weight="bold", size=HEAD)
-
-
-def _change(before: float, after: float) -> str:
-    share = f" ({100 * (after / before - 1):+.0f} %)" if before > 0 else ""
-    return f"{_number(before)} → {_number(after)}{share}"
-
-
-def _number(value: float) -> str:
-    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
 
 
 def _profile(panel: Axes, profile: Mapping[str, Any], unit: str) -> None:

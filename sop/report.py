@@ -46,9 +46,10 @@ from sop.uids import uid_from
 
 __all__ = ["report_object"]
 
-_AXES = (("fwhm-slice", "Kernel FWHM along the slice direction"),
-         ("fwhm-row", "Kernel FWHM along the row direction"),
-         ("fwhm-column", "Kernel FWHM along the column direction"))
+# Of the kernel that is kept, on the PET's voxels, at half maximum. Not "row direction": in DICOM that runs along a row.
+_AXES = (("fwhm-slices", "FWHM of the kernel on the PET's voxels, from slice to slice"),
+         ("fwhm-rows", "FWHM of the kernel on the PET's voxels, from row to row"),
+         ("fwhm-columns", "FWHM of the kernel on the PET's voxels, from column to column"))
 _STATISTICS = (("max", codes.SCT.Maximum), ("mean", codes.SCT.Mean), ("peak", codes.DCM.PeakValueWithinROI))
 
 

@@ -48,7 +48,7 @@ FORBIDDEN = {
                             "dicomnode.matcher", "dicomnode.executor", "dicomnode.cli"),
     # what pages show is loaded by them, and made from voxels alone
     **dict.fromkeys(("deconv/projections.py", "deconv/profiles.py"), ("torch", "scipy", "deconv.result")),
-    **dict.fromkeys(("dicomnode/looks.py", "dicomnode/qcpictures.py"),
+    **dict.fromkeys(("dicomnode/looks.py", "dicomnode/qcpictures.py", "dicomnode/wording.py"),
                     ("torch", "pydicom", "pynetdicom", "dicomnode.ledger", "dicomnode.spool", "dicomnode.config",
                      "dicomnode.pipeline")),
     "dicomnode/web": ("torch", "pynetdicom", "dicomnode.cli", "dicomnode.pipeline", "dicomnode.matcher",

@@ -16,8 +16,8 @@ from pydicom.errors import InvalidDicomError
 from dicomnode import looks
 from dicomnode.ledger import Ledger
 from dicomnode.reporting.blocks import Block, Cell, Chart, Facts, Line, Paragraph, Picture, Section, Table, mark, number
-from dicomnode.reporting.words import AXES, GATES, figure, percent
 from dicomnode.spool import Spool
+from dicomnode.wording import PSF_IS, activity, change, figure, gate_words, psf, uptake, volume, widths
 
 __all__ = ["checks", "patient", "sections"]
 
@@ -86,9 +86,8 @@ def _alt(name: str, measures: Json) -> str:
         return ("Maximum intensity projections before and after, all on the grey scale from 0 "
                 f"to {figure(measures['top'])} {unit}; numbers mark the regions of highest uptake.")
     if name == "kernel":
-        widths = ", ".join(f"{width:.2f} mm along the {axis}s" for width, axis in zip(
-            measures["kernel"]["fwhm_mm"], AXES, strict=True))
-        return f"The kernel seen along its three axes, and its profiles: full width at half maximum {widths}."
+        return ("The kernel seen along its three axes, and its profiles: full width at half maximum "
+                f"{widths(measures['kernel']['fwhm_mm'])}.")
     told = f"Residual: root mean square {figure(measures['residual_rms'])} {unit}."
     spread = measures["uncertainty"]
     return told if spread is None else f"{told} Uncertainty: median {figure(spread['median_percent'])} %."
@@ -98,9 +97,8 @@ def _result(report: Json) -> Iterator[Block]:
     metrics, measures = report.get("metrics", {}), report.get("looks") or {}
     yield Facts.of([
         ("Kernel FWHM", _kernel(metrics, measures)),
-        ("Known to", _spread(metrics)),
-        ("On the PET's voxels", _three((measures.get("kernel") or {"fwhm_mm": ()})["fwhm_mm"])),
-        ("Change of total activity", percent(metrics.get("activity_change"), 3)),
+        ("PSF FWHM", _psf(metrics)),
+        ("Change of total activity", activity(metrics.get("activity_change"))),
         ("Residual", _residual(metrics, measures)),
         ("Uncertainty", _uncertainty(measures)),
         ("Region deblurred", _region(report)),
@@ -109,21 +107,17 @@ def _result(report: Json) -> Iterator[Block]:
 
 
 def _kernel(metrics: Json, measures: Json) -> str:
-    """Along slice, row and column, mm."""
-    widths = [metrics.get(f"kernel_fwhm_{axis}_mm") for axis in "dhw"]
-    if any(width is None for width in widths):
-        return "none: this method has no kernel" if measures.get("kernel", ...) is None else "not measured"
-    return _three(widths)
+    """FWHM of the kernel that is kept; of a job without looks as its method tells it, where that is the same."""
+    if measures.get("kernel", ...) is None:
+        return "none: this method has no kernel"
+    if "kernel" in measures:
+        return f"{widths(measures['kernel']['fwhm_mm'])} (at half maximum, on the PET's voxels)"
+    return "" if psf(metrics) else widths([metrics.get(f"kernel_fwhm_{axis}_mm") for axis in "dhw"])
 
 
-def _three(widths: Sequence[Any]) -> str:
-    return "" if not widths else ", ".join(f"{width:.2f} mm {axis}" for width, axis in zip(widths, AXES, strict=True))
-
-
-def _spread(metrics: Json) -> str:
-    spreads = [metrics.get(f"psf_log_sd_{axis}") for axis in "dhw"]
-    return ", ".join(f"± {100 * spread:.1f} % {axis}" for spread, axis in zip(spreads, AXES, strict=True)
-                     if spread is not None)
+def _psf(metrics: Json) -> str:
+    found = psf(metrics)
+    return f"{found} ({PSF_IS})" if found else ""
 
 
 def _uncertainty(measures: Json) -> str:
@@ -176,12 +170,12 @@ def _regions(measures: Json) -> Iterator[Block]:
 def _one_region(one: Json) -> Iterator[Cell]:
     yield Cell(str(one["label"]))
     yield number(", ".join(f"{c:.0f}" for c in one["centre_mm"]))
-    yield number(figure(one["volume_ml"]))
+    yield number(volume(one["volume_ml"]))
     for kind in ("max", "mean", "peak"):
         before, after = one["before"].get(kind), one["after"].get(kind)
-        yield number(figure(before))
-        yield number(figure(after))
-        yield number(percent(after / before - 1.0 if before and after is not None else None))
+        yield number(uptake(before))
+        yield number(uptake(after))
+        yield number(change(before, after))
 
 
 def _profiles(measures: Json) -> Iterator[Block]:
@@ -226,9 +220,8 @@ def checks(items: Sequence[Json]) -> Table:
 
 
 def _gate(gate: Json) -> list[Cell | object]:
-    meaning, unit = GATES.get(gate["name"], ("", ""))
-    return [gate["name"], meaning, number(figure(gate["measured"], unit)), number(figure(gate["limit"], unit)),
-            _passed(gate)]
+    words, measured, limit = gate_words(gate)
+    return [gate["name"], words, number(measured), number(limit), _passed(gate)]
 
 
 def _passed(item: Json) -> Cell:

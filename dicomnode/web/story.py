@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dicomnode.web.words import parts_of
+from dicomnode.wording import gate_words
 
-__all__ = ["Step", "activity_words", "gate_rows", "judged_parts", "measured_text", "place_words", "progress_of",
-           "remedy", "setting_rows", "timeline"]
+__all__ = ["Step", "gate_rows", "judged_parts", "place_words", "progress_of", "remedy", "setting_rows", "timeline"]
 
 Json = dict[str, Any]
 
@@ -22,22 +22,6 @@ REMEDIES = {
     "failed": "It is tried again by itself. Hold it if you want to look first.",
     "waiting": "Send what is missing. Nothing is lost meanwhile.",
     "cancelled": "Retry takes it up again.",
-}
-
-#: gate -> (what it guards, how its measure reads: "percent", "mm", "voxels", "times", "share")
-GATES = {
-    "activity": ("Total activity is kept", "percent"),
-    "activity-scale": ("The solver itself kept the activity, before it was corrected", "percent"),
-    "maximum": ("The hottest voxel is not out of proportion to the source's", "times"),
-    "kernel-centroid": ("The kernel is centred: nothing is shifted", "voxels"),
-    "kernel-maximum": ("The kernel is a blur, not a single voxel", "share"),
-    "kernel-width": ("The kernel is no wider than a PET's blur", "mm"),
-    "slice-gain": ("Each slice kept its activity, before it was corrected", "percent"),
-    "slice-activity": ("Blurred again, each slice has its activity back", "percent"),
-    "end-slice-activity": ("The same for the first and last slices", "percent"),
-    "residual": ("Blurred again, the image is the source: what is left over (RMS of its maximum)", "percent"),
-    "seam": ("No seam where the deblurred region ends", "share"),
-    "uncertainty": ("The uncertainty is possible in every voxel", "voxels"),
 }
 
 
@@ -110,31 +94,12 @@ def judged_parts(judged: str) -> list[str]:
     return [part for part in judged.split("; ") if part]
 
 
-def measured_text(value: float, kind: str) -> str:
-    """A gate's number as people read it.
-
-    >>> measured_text(0.00215, "percent"), measured_text(6.114, "mm"), measured_text(1.26e-10, "percent")
-    ('0.215 %', '6.11 mm', '< 0.001 %')
-    """
-    if kind == "percent":
-        return f"{100 * value:.3g} %" if value == 0 or abs(value) >= 1e-5 else "< 0.001 %"
-    if kind == "mm":
-        return f"{value:.3g} mm"
-    if kind == "voxels":
-        return f"{value:.3g} voxels" if value == 0 or abs(value) >= 1e-3 else "< 0.001 voxels"
-    return f"{value:.3g} ×" if kind == "times" else f"{value:.3g}"
-
-
 def gate_rows(gates: Sequence[Mapping[str, Any]]) -> list[Json]:
-    """Name, what it guards, measured, limit, open; those that are shut first."""
+    """Name, what is measured, how much, the limit, open; those that are shut first."""
     rows = []
     for gate in gates:
-        words, kind = GATES.get(gate["name"], ("", "share"))
-        beyond = gate["measured"] is None  # not finite: nothing to compare with
-        rows.append({"name": gate["name"], "words": words, "ok": gate["ok"],
-                     "measured": "not a number" if beyond else measured_text(gate["measured"], kind),
-                     "limit": measured_text(gate["limit"], kind) if gate["limit"] is not None else "–",
-                     "share": None if beyond or not gate["limit"] else min(1.0, gate["measured"] / gate["limit"])})
+        words, measured, limit = gate_words(gate)
+        rows.append({"name": gate["name"], "words": words, "ok": gate["ok"], "measured": measured, "limit": limit})
     return sorted(rows, key=lambda row: bool(row["ok"]))
 
 
@@ -171,12 +136,3 @@ def place_words(mm: Sequence[float]) -> str:
     """
     sides = ("RL", "AP", "FH")
     return ", ".join(f"{pair[value >= 0]} {abs(value):.0f}" for pair, value in zip(sides, mm, strict=True))
-
-
-def activity_words(change: float) -> str:
-    """A relative change of the total activity.
-
-    >>> activity_words(1.3e-10), activity_words(-0.0021)
-    ('less than 0.001 %', '-0.21 %')
-    """
-    return "less than 0.001 %" if abs(change) < 1e-5 else f"{100 * change:+.2g} %"

@@ -15,7 +15,7 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import HTMLResponse, RedirectResponse
 from pydicom import dcmread
 
-from dicomnode import operate, views
+from dicomnode import operate, views, wording
 from dicomnode.forecast import forecast
 from dicomnode.ledger import Ledger
 from dicomnode.web import plots, story
@@ -40,7 +40,6 @@ DONE = {
 LOOKS_EVERY_S = {"running": 2, "built": 2, "sending": 2, "receiving": 5, "complete": 2, "matched": 2, "queued": 10,
                  "failed": 10, "waiting": 10, "delivered": 30}
 KERNEL_FILE = "kernel.npy"  # as dicomnode.pipeline, which this process does not load, calls it
-AXES = (("d", "head to foot"), ("h", "front to back"), ("w", "right to left"))
 
 
 @router.get("/studies/{study}", response_class=HTMLResponse)
@@ -133,7 +132,7 @@ def _values(site: Site, user: User, found: Json, job: int | None, top: float | N
         "others": [(one, other) for one in found["series"] for other in one["jobs"] if other is not shown],
         "judged": story.judged_parts(series["judged"]),
         "series_speaks": shown is None or _series_speaks(series, shown),
-        "activity_words": story.activity_words, "place_words": story.place_words, "palette": palette,
+        "wording": wording, "place_words": story.place_words, "palette": palette,
     }
     values |= _result(site, shown)
     return values | {"top": top or (values["looks"]["top"] if values["looks"] else None)}
@@ -227,7 +226,7 @@ def _looks(site: Site, row: Json, looks: Any) -> Json:
                 for name in ("inverse", "grey", "hot")},
         "residual": _own_scale(looks, "residual", "signed", measures["unit"]),
         "spread": _own_scale(looks, "uncertainty", "hot", "%"),
-        "kernel_shapes": {axis: looks.arrays[f"kernel.{axis}"].shape for axis, _ in AXES} if measures["kernel"] else {},
+        "kernel_shapes": {axis: looks.arrays[f"kernel.{axis}"].shape for axis in "dhw"} if measures["kernel"] else {},
     }
 
 
@@ -251,7 +250,7 @@ def _kernel_plots(site: Site, row: Json, measures: Json) -> list[Json]:
     kernel = np.load(path, allow_pickle=False)
     peak = np.unravel_index(int(kernel.argmax()), kernel.shape)
     made = []
-    for axis, (letter, words) in enumerate(AXES):
+    for axis, (letter, words) in enumerate(zip("dhw", wording.AXES, strict=True)):
         line = kernel[tuple(slice(None) if other == axis else peak[other] for other in range(3))].astype(float)
         step, width = measures["kernel"]["spacing_mm"][axis], measures["kernel"]["fwhm_mm"][axis]
         mm = [(k - len(line) // 2) * step for k in range(len(line))]
@@ -259,7 +258,7 @@ def _kernel_plots(site: Site, row: Json, measures: Json) -> list[Json]:
         made.append({"axis": letter, "words": words, "fwhm_mm": width,
                      "points": list(zip(mm, line.tolist(), strict=True)), "svg": plots.line_plot(
                          [plots.Line("kernel", "", mm, line.tolist())], x_label="mm", y_label="share of the activity",
-                         title=f"Kernel along {words}: full width at half maximum {width:.2f} mm",
+                         title=f"Kernel {words}: full width at half maximum {width:.2f} mm",
                          mark_x=(middle - width / 2, middle + width / 2), mark_label=f"{width:.2f} mm")})
     return made
 

@@ -126,7 +126,7 @@ def test_the_table_tells_the_measures(flat: Drawn) -> None:
     region = flat.looks.measures["regions"][0]
     before, after = region["before"]["max"], region["after"]["max"]
     assert f"{region['volume_ml']:.2f}" in flat.written
-    assert any(text.endswith(f"({100 * (after / before - 1):+.0f} %)") and "→" in text for text in flat.written)
+    assert any(text.endswith(f"({100 * (after / before - 1):+.1f} %)") and "→" in text for text in flat.written)
 
 
 @pytest.mark.parametrize("which", ["flat", "tall"])

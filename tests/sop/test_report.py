@@ -47,7 +47,8 @@ def numbers(group: Any) -> dict[str, tuple[float, str]]:
 def test_the_whole_series_is_reported_with_its_numbers(groups: Any) -> None:
     """Kernel FWHM per axis, activity change in percent, residual in the display unit, meant for research."""
     found = numbers(groups[0])
-    assert [found[f"Kernel FWHM along the {axis} direction"] for axis in ("slice", "row", "column")] == [
+    along = [f"FWHM of the kernel on the PET's voxels, from {axis} to {axis}" for axis in ("slice", "row", "column")]
+    assert [found[name] for name in along] == [
         (5.501, "mm"), (6.002, "mm"), (6.253, "mm")]
     assert found["Change of total activity by deconvolution"] == (100 * 0.000123, "%")
     assert found["Residual after blurring again, root mean square"] == (0.0456, "g/ml{SUVbw}")

@@ -9,7 +9,7 @@ import pytest
 from fastapi.testclient import TestClient
 from pydicom import dcmread
 
-from dicomnode import pipeline, views
+from dicomnode import pipeline, views, wording
 from dicomnode.config import parse
 from dicomnode.web import plots, story, study
 from dicomnode.web.access import operator_token
@@ -52,9 +52,9 @@ def test_only_actions_that_would_not_be_refused_are_offered(client, node, state,
 def test_a_delivered_study_shows_the_whole_result(client, node):
     """Pictures, kernel, uptake, gates in words, checks, deliveries with counts, settings."""
     page = text_of(client, node, "delivered")
-    for part in ("/mip/before/coronal.png", "/turn/after/0.png", "/kernel/d.png", "Full width at half maximum",
-                 "SUVmax", "Region 1", "Total activity is kept", "all 11 open", "checks passed", "32 of 32", "ARCHIVE",
-                 "Settings, device and times", "Uncertainty of what the projection shows", "data-place="):
+    for part in ("/mip/before/coronal.png", "/turn/after/0.png", "/kernel/d.png", "full width at half maximum",
+                 "SUVmax", "Region 1", "Change of the total activity", "all 11 open", "checks passed", "32 of 32",
+                 "ARCHIVE", "Settings, device and times", "Uncertainty of what the projection shows", "data-place="):
         assert part in page, part
     assert "by <b>PETCT1</b>" in page  # who
 
@@ -65,7 +65,19 @@ def test_changes_of_uptake_are_those_of_the_report(client, app, node):
     one = app.state.site.ledger.job(node.job)["report"]["looks"]["regions"][0]
     for kind in ("max", "mean", "peak"):
         assert f"{one['before'][kind]:.2f}" in page and f"{one['after'][kind]:.2f}" in page
-        assert f"{100 * (one['after'][kind] / one['before'][kind] - 1):+.0f} %" in page
+        assert f"{100 * (one['after'][kind] / one['before'][kind] - 1):+.1f} %" in page
+
+
+def test_kernel_and_psf_are_told_apart(client, app, node):
+    """The width of the kernel that is kept, and the method's own figure, each with what it is; the report and the page
+    say the same."""
+    page = text_of(client, node, "delivered")
+    report = app.state.site.ledger.job(node.job)["report"]
+    kernel, found = wording.widths(report["looks"]["kernel"]["fwhm_mm"]), wording.psf(report["metrics"])
+    assert f"Kernel FWHM (full width at half maximum, on the PET’s voxels): <b>{kernel}</b>" in page
+    assert found and f": {found}." in page and kernel != found
+    paper = client.get(f"/studies/{node.studies['delivered']}/report.html").text
+    assert kernel in paper and found in paper
 
 
 def test_an_accession_number_leads_to_its_study(client, node):
@@ -171,7 +183,7 @@ def test_gates_are_said_in_words_and_shut_ones_come_first():
 def test_every_gate_of_a_real_report_has_words(app, node):
     """What the pipeline measures is explained on the page."""
     for gate in app.state.site.ledger.job(node.job)["report"]["gates"]:
-        assert gate["name"] in story.GATES
+        assert gate["name"] in wording.GATES
 
 
 def test_a_job_without_pictures_says_so(client, node):
@@ -186,7 +198,7 @@ def test_a_purged_job_keeps_its_figures(client, app, node):
     shutil.rmtree(node.folder / "data" / "derived" / str(node.job))
     app.state.site.ledger.query("UPDATE job SET purged_at = 1 WHERE id = ?", (node.job,))
     page = text_of(client, node, "delivered")
-    assert "removed after delivery" in page and "/jobs/1/viewer" not in page and "Total activity is kept" in page
+    assert "removed after delivery" in page and "/jobs/1/viewer" not in page and "Change of the total activity" in page
 
 
 def test_the_kernel_is_read_where_the_pipeline_wrote_it():
