@@ -12,8 +12,11 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
+import json
 import os
 import secrets
+import sqlite3
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +29,8 @@ from starlette.concurrency import run_in_threadpool
 
 from dicomnode.config import Config
 from dicomnode.errors import ConfigError
+from dicomnode.logs import get_logger
+from dicomnode.memo import memo, set_memo
 from dicomnode.secretfiles import read_secret
 from dicomnode.web.refusals import Refusals
 from dicomnode.web.session import Sessions
@@ -37,11 +42,14 @@ __all__ = ["COOKIE", "CSRF_FIELD", "CSRF_HEADER", "TOKEN_FILE", "Door", "Known",
 TOKEN_FILE = "web.token"  # in data_dir, where web.token_file is not set
 SHORTEST = 16  # characters of a token
 COOKIE = "dicomnode_session"
+OVER = "web.over"  # the memo of sessions and links that count no more
 CSRF_HEADER, CSRF_FIELD = "X-CSRF-Token", "csrf"
 SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 FORMS = ("application/x-www-form-urlencoded", "multipart/form-data")
 LONGEST_NAME = 64  # of a user; longer ones are cut
 LONGEST_REASON = 300  # letters of what a request made us write into the history, which is kept for ever
+
+log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -62,9 +70,16 @@ class Door:
     @classmethod
     def of(cls, site: Site) -> Door:
         """Reads the tokens, and makes the one of the operators at first use. Raises ConfigError, OSError."""
-        web = site.config.web
-        sessions = Sessions(operator_token(site.config), viewer_token(site.config), session_s=web.session_h * 3600,
-                            clock=site.clock)
+        def keep(over: Mapping[str, float]) -> None:
+            try:
+                set_memo(site.ledger, OVER, json.dumps(dict(over)))
+            except sqlite3.Error as error:  # a full disk: here the session is over all the same
+                log.error("an ended session could not be written down: a restart would let it in again",
+                          action="session_lost", error=str(error))
+
+        sessions = Sessions(
+            operator_token(site.config), viewer_token(site.config), session_s=site.config.web.session_h * 3600,
+            clock=site.clock, over=json.loads(memo(site.ledger, OVER) or "{}"), keep=keep)
         return cls(sessions, Refusals(site.ledger, clock=site.clock))
 
 

@@ -9,6 +9,7 @@ from urllib.parse import urlencode
 
 from fastapi import APIRouter, Form, Request
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
+from starlette.concurrency import run_in_threadpool
 
 from dicomnode.config import Config
 from dicomnode.web.access import (
@@ -71,7 +72,8 @@ async def enter(request: Request, site: SiteNow, token: Annotated[str, Form()] =
         return response
     may_act = door.sessions.right_of(token.strip())
     if may_act is None:
-        door.refusals.record(address, "wrong-token", "a wrong token was given to the login page", wrong_token=True)
+        await run_in_threadpool(door.refusals.record, address, "wrong-token",
+                                "a wrong token was given to the login page", wrong_token=True)
         return page(request, "login.html", status_code=401, back=_own(next), wrong="That is not the token.")
     return _in(request, site, User("operator" if may_act else "viewer", may_act), _own(next))
 
@@ -85,6 +87,7 @@ def leave(request: Request, site: SiteNow, user: Viewer) -> Response:
         door.sessions.end(session)
     response = RedirectResponse(f"{site.config.web.root_path}/login", status_code=303)
     response.delete_cookie(COOKIE, path=_cookie_path(site))
+    response.headers["Clear-Site-Data"] = '"cache"'  # pictures, which browsers may keep for long while one is logged in
     return response
 
 

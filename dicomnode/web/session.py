@@ -3,7 +3,7 @@
     value = base64url(JSON) "." base64url(HMAC-SHA256(key, JSON))        key = HMAC-SHA256(token, purpose)
 
 Another token makes other keys: whoever changes a token ends all sessions that began with the old one. What was ended
-or used up is remembered until it would have run out anyway.
+or used up is remembered until it would have run out anyway, also by the process that comes after this one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import hmac
 import json
 import secrets
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 
 __all__ = ["LINK_S", "Session", "Sessions"]
@@ -40,15 +40,18 @@ class Sessions:
     """Makes, reads and ends the sessions of one node. `viewer`: the token of those who may look, where there is one.
 
     session_s   how long a session lasts, seconds.   clock  unix seconds.   new_id  gives an unguessable id.
+    over        what was ended or used up before: id -> until when that must be known; `keep` is given it anew each
+                time something ends.
     """
 
     def __init__(self, operator: str, viewer: str | None, *, session_s: float, clock: Callable[[], float],
-                 new_id: Callable[[], str] = lambda: secrets.token_urlsafe(16)) -> None:
+                 new_id: Callable[[], str] = lambda: secrets.token_urlsafe(16), over: Mapping[str, float] | None = None,
+                 keep: Callable[[Mapping[str, float]], None] = lambda over: None) -> None:
         self._tokens = {True: operator} | ({False: viewer} if viewer is not None else {})
         self._keys = {may_act: hmac.digest(token.encode(), PURPOSE, hashlib.sha256)
                       for may_act, token in self._tokens.items()}
         self._session_s, self._clock, self._new_id = session_s, clock, new_id
-        self._over: dict[str, float] = {}
+        self._over, self._keep = dict(over or {}), keep
         self._lock = threading.Lock()
 
     def right_of(self, token: str) -> bool | None:
@@ -89,6 +92,7 @@ class Sessions:
     def _end(self, session: Session) -> None:
         now = self._clock()
         self._over = {id_: until for id_, until in self._over.items() if until > now} | {session.id: session.until}
+        self._keep(self._over)
 
     def _sealed(self, session: Session) -> str:
         content = json.dumps(asdict(session)).encode()

@@ -15,6 +15,7 @@ from dicomnode.config import parse
 from dicomnode.web.access import operator_token
 from dicomnode.web.app import create
 from tests.web.browser import chromium, open_page, page, served  # noqa: F401 (fixtures)
+from tests.web.house import build, house  # noqa: F401 (fixtures)
 from tests.web.nodes import Furnished, crowded, furnished
 
 

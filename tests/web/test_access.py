@@ -2,98 +2,20 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import asyncio
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fastapi import APIRouter, FastAPI
 from fastapi.testclient import TestClient
-from structlog.testing import capture_logs
 
 from dicomnode.config import parse
 from dicomnode.errors import ConfigError
-from dicomnode.web.access import COOKIE, Operator, Viewer, operator_token
+from dicomnode.web.access import COOKIE, operator_token
 from dicomnode.web.app import create
 from dicomnode.web.refusals import ATTEMPTS, RECORDED, WINDOW_S
-
-OPERATOR, VIEWER = "an-operators-token-1234", "a-viewers-token-5678"
-HOME = "http://127.0.0.1"
-
-
-@dataclass
-class House:
-    """An empty node's application with two routes to try: GET /look and POST /act."""
-
-    app: FastAPI
-    now: list[float]
-
-    def client(self, *, address: str = "127.0.0.1", base: str = HOME, **headers: str) -> TestClient:
-        return TestClient(self.app, base_url=base, headers={name.replace("_", "-"): value for name, value in
-                                                            headers.items()},
-                          follow_redirects=False, client=(address, 50000))
-
-    def logged_in(self, token: str = OPERATOR, **options: Any) -> TestClient:
-        client = self.client(**options)
-        assert client.post("/login", data={"token": token}).status_code == 303
-        return client
-
-    def csrf(self, client: TestClient) -> str:
-        found = re.search(r'"X-CSRF-Token": "([^"]+)"', client.get("/").text)
-        assert found is not None
-        return found[1]
-
-    def recorded(self) -> list[tuple[str, str]]:
-        return [(event["code"], event["actor"]) for event in self.app.state.site.ledger.events()
-                if event["kind"] == "security"]
-
-
-Build = Callable[..., House]
-
-
-@pytest.fixture
-def build(tmp_path: Path) -> Iterator[Build]:
-    """Makes houses: build('[web] lines')."""
-    made: list[House] = []
-
-    def house(web: str = "", *, viewer: bool = True) -> House:
-        for name, token in (("op", OPERATOR), ("view", VIEWER)):
-            (tmp_path / name).write_text(token + "\n")
-            (tmp_path / name).chmod(0o600)
-        second = f'viewer_token_file = "{tmp_path}/view"\n' if viewer else ""
-        now = [1_000_000.0]
-        app = create(parse(f'[node]\ndata_dir = "{tmp_path}/data"\n[web]\ntoken_file = "{tmp_path}/op"\n'
-                           f'{second}{web}\n'), clock=lambda: now[0])
-        routes = APIRouter()
-
-        @routes.get("/look")
-        def look(user: Viewer) -> dict[str, str]:
-            return {"name": user.name}
-
-        @routes.post("/act")
-        def act(user: Operator) -> dict[str, str]:
-            return {"name": user.name}
-
-        @routes.get("/fail")
-        def fail() -> None:
-            raise RuntimeError("inner words")
-
-        app.include_router(routes)
-        made.append(House(app, now))
-        return made[-1]
-
-    with capture_logs():  # the traceback of /fail, drawn for people, takes seconds
-        yield house
-    for one in made:
-        one.app.state.site.ledger.close()
-
-
-@pytest.fixture
-def house(build: Build) -> House:
-    return build()
-
+from tests.web.house import HOME, OPERATOR, VIEWER, Build, House
 
 # --- tokens
 
@@ -205,6 +127,42 @@ def test_a_browser_logs_in_acts_and_logs_out(house: House) -> None:
     assert house.client(Cookie=f"{COOKIE}={copy}").get("/look").status_code == 303
 
 
+def test_what_is_over_stays_over_after_a_restart(build: Build) -> None:
+    """A session that was ended and a link that was used: the process that comes next lets neither in."""
+    house = build()
+    client, link = house.logged_in(), house.app.state.door.sessions.link("anna")
+    copy = client.cookies[COOKIE]
+    answer = client.post("/logout", data={"csrf": house.csrf(client)})
+    assert answer.status_code == 303 and answer.headers["Clear-Site-Data"] == '"cache"'
+    assert house.client().get("/login", params={"ticket": link}).status_code == 303
+    again = build()
+    assert again.client(Cookie=f"{COOKIE}={copy}").get("/look").status_code == 303
+    assert again.client().get("/login", params={"ticket": link}).status_code == 401
+    other = again.logged_in()
+    again.app.state.site.ledger.close()  # as a disk that is full
+    copy = other.cookies[COOKIE]
+    again.app.state.door.sessions.end(again.app.state.door.sessions.read(copy))
+    assert again.app.state.door.sessions.read(copy) is None
+
+
+def test_no_request_waits_for_the_ledger_where_all_others_wait_for_it(house: House,
+                                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    """A refusal is written by a thread, never in the loop: a ledger that is locked for long must not stop /healthz."""
+    in_loop = []
+
+    def event(*_: Any, **about: Any) -> None:
+        with suppress(RuntimeError):
+            in_loop.append((asyncio.get_running_loop(), about))
+
+    monkeypatch.setattr(house.app.state.site.ledger, "event", event)
+    house.client().post("/login", data={"token": "wrong"})
+    house.client().get("/login", params={"ticket": "wrong"})
+    house.client(Authorization="Bearer wrong").get("/look")
+    house.client(Authorization=f"Bearer {VIEWER}").post("/act")
+    house.logged_in().post("/act")
+    assert not in_loop
+
+
 def test_the_cookie_is_secure_where_the_browser_came_by_https(build: Build) -> None:
     """Directly, or through a trusted proxy that says so."""
     house = build('hosts = ["nbd.example"]\nuser_header = "X-User"\ntrusted_proxies = ["192.0.2.1"]')
@@ -306,114 +264,6 @@ def test_another_site_cannot_log_a_browser_in(house: House) -> None:
     """Or a person would work as somebody else without knowing."""
     answer = house.client().post("/login", data={"token": OPERATOR}, headers={"Sec-Fetch-Site": "cross-site"})
     assert answer.status_code == 403 and "Set-Cookie" not in answer.headers
-
-
-# --- behind a reverse proxy
-
-
-PROXY = 'user_header = "X-Remote-User"\ntrusted_proxies = ["192.0.2.0/28", "2001:db8::1"]\noperators = ["anna"]'
-
-
-def test_a_trusted_proxy_names_its_users(build: Build) -> None:
-    """Those of web.operators may act, with the secret of their page; the others look. The history has their names."""
-    house = build(PROXY)
-    anna = house.client(address="192.0.2.3", X_Remote_User="anna")
-    assert anna.post("/act").status_code == 403
-    assert anna.post("/act", headers={"X-CSRF-Token": house.csrf(anna)}).json() == {"name": "anna"}
-    bert = house.client(address="2001:db8::1", X_Remote_User="bert")
-    assert bert.get("/look").json() == {"name": "bert"}
-    assert bert.post("/act", headers={"X-CSRF-Token": house.csrf(anna)}).status_code == 403
-    assert bert.post("/act", headers={"X-CSRF-Token": house.csrf(bert)}).status_code == 403
-
-
-@pytest.mark.parametrize("address", ["192.0.2.16", "127.0.0.1", "2001:db8::2", "::ffff:203.0.113.1", "testclient"])
-def test_nobody_else_may_name_a_user(build: Build, address: str) -> None:
-    """Whatever they forward: the header counts by who connects. It is written down."""
-    house = build(PROXY)
-    client = house.client(address=address, X_Remote_User="anna", X_Forwarded_For="192.0.2.3")
-    assert client.get("/look").status_code == 303
-    assert client.post("/act").status_code == 401
-    assert set(house.recorded()) == {("user-header", address.removeprefix("::ffff:"))}
-
-
-def test_a_header_that_the_proxy_only_added_to_is_not_believed(build: Build) -> None:
-    """Two names: one of them is what the browser sent. A name that differs in an underscore is another header."""
-    client = build(PROXY).client(address="192.0.2.3")
-    for headers in ([("X-Remote-User", "anna"), ("X-Remote-User", "bert")], [("X_Remote_User", "anna")]):
-        assert client.get("/look", headers=headers).status_code == 303
-
-
-@pytest.mark.parametrize(("sent", "name"), [("jürgen".encode(), "jürgen"), (b"j\xfcrgen", "jürgen"),
-                                            ("an\u202ena\u0007".encode(), "an?na?"), (b"x" * 5000, "x" * 64)])
-def test_names_of_users_are_read_as_they_were_written_and_are_safe_to_show(build: Build, sent: bytes,
-                                                                           name: str) -> None:
-    """UTF-8 as proxies send it, latin-1 as RFC 9110 has it; no control characters, not without end."""
-    house = build(PROXY.replace("anna", "jürgen"))
-    client, who = house.client(address="192.0.2.3"), {b"X-Remote-User": sent}
-    assert client.get("/look", headers=who).json() == {"name": name}
-    csrf = re.findall(r'"X-CSRF-Token": "([^"]+)"', client.get("/", headers=who).text)[0].encode()
-    answer = client.post("/act", headers=who | {b"X-CSRF-Token": csrf})
-    assert answer.status_code == (200 if name == "jürgen" else 403)
-
-
-def test_a_name_that_only_looks_like_an_operators_may_not_act(build: Build) -> None:
-    """Whether somebody may act is asked of the name as it came, not as it is shown."""
-    house = build(PROXY.replace('"anna"', f'"an?na", "{"x" * 64}"'))
-    for sent in ("an\u202ena".encode(), b"x" * 65):
-        client, who = house.client(address="192.0.2.3"), {b"X-Remote-User": sent}
-        csrf = re.findall(r'"X-CSRF-Token": "([^"]+)"', client.get("/", headers=who).text)[0].encode()
-        answer = client.post("/act", headers=who | {b"X-CSRF-Token": csrf})
-        assert answer.status_code == 403 and "look, not act" in answer.text
-
-
-def test_without_configuration_no_header_is_believed(house: House) -> None:
-    """Nor any that proxies usually send."""
-    names = ("X-Remote-User", "Remote-User", "X-Forwarded-User", "X-User")
-    assert house.client().get("/look", headers=dict.fromkeys(names, "anna")).status_code == 303
-
-
-def test_guesses_behind_a_proxy_count_for_who_made_them(build: Build) -> None:
-    """Not for the proxy, through which everybody comes; what the guesser adds to the header does not help."""
-    house = build(PROXY)
-    for n in range(ATTEMPTS):
-        house.client(address="192.0.2.3", Authorization="Bearer wrong",
-                     X_Forwarded_For=f"10.0.0.{n}, 203.0.113.9").get("/look")
-    assert house.recorded() == [("wrong-token", "203.0.113.9")] * ATTEMPTS
-    other = house.client(address="192.0.2.3", Authorization=f"Bearer {OPERATOR}", X_Forwarded_For="203.0.113.10")
-    assert other.get("/look").status_code == 200
-
-
-def test_a_guesser_is_known_again_however_the_proxy_writes_the_address(build: Build) -> None:
-    """With a port, as some do, or as IPv6; the proxy too is known under both forms of its address."""
-    house = build(PROXY)
-    for n in range(ATTEMPTS):
-        forms = (f"203.0.113.9:{5000 + n}", "::ffff:203.0.113.9", "203.0.113.9", f"[::ffff:203.0.113.9]:{n}")
-        house.client(address="::ffff:192.0.2.3", Authorization="Bearer wrong",
-                     X_Forwarded_For=forms[n % 4]).get("/look")
-    assert house.recorded() == [("wrong-token", "203.0.113.9")] * ATTEMPTS
-
-
-def test_what_a_request_writes_into_the_history_is_short_and_plain(house: House) -> None:
-    """It is kept for ever, and people read it."""
-    client = house.client(Authorization=f"Bearer {VIEWER}")
-    assert client.post(f"/studies/%E2%80%AE{'x' * 3000}/act/retry").status_code == 403
-    reason = house.app.state.site.ledger.events()[-1]["reason"]
-    assert len(reason) <= 300 and reason.isprintable()
-
-
-def test_under_a_prefix_every_address_carries_it(build: Build) -> None:
-    """Whether the proxy takes it off the path or leaves it on."""
-    house = build('root_path = "/nbd"')
-    client = house.client()
-    for path in ("/nbd/look", "/look"):
-        assert client.get(path).headers["Location"] == "/nbd/login?next=/look"
-    answer = client.post("/nbd/login", data={"token": OPERATOR, "next": "/look"})
-    assert answer.headers["Location"] == "/nbd/look" and "Path=/nbd;" in answer.headers["Set-Cookie"]
-    assert client.get("/nbd/look").status_code == 200
-    text = client.get("/nbd").text
-    assert not re.findall(r'(?:href|src|action)="/(?!nbd/)[^"]*"', text) and 'aria-current="page"' in text
-    assert client.get("/nbd/static/style.css").status_code == client.get("/static/style.css").status_code == 200
-    assert client.get("/nbdx/look").status_code == 404
 
 
 # --- what every request passes and every answer carries
