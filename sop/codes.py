@@ -35,19 +35,30 @@ def kernel_estimate() -> Code:
     return own("kernel-estimate", "Estimation of the point spread kernel")
 
 
+#: Unit as it is shown (sop.suv.shown_unit) -> what a PET voxel in it measures (CID 85), and its UCUM code.
+_SUV = {
+    "SUVbw": (codes.DCM.Suvbw, codes.UCUM.StandardizedUptakeValueBodyWeight),
+    "SUVlbm": (codes.DCM.Suvlbm, codes.UCUM.StandardizedUptakeValueLeanBodyMassJames),
+    "SUVlbm(James128)": (codes.DCM.SuvlbmJames128, codes.UCUM.StandardizedUptakeValueLeanBodyMassJames128Multiplier),
+    "SUVlbm(Janma)": (codes.DCM.SuvlbmJanma, codes.UCUM.StandardizedUptakeValueLeanBodyMassJanma),
+    "SUVbsa": (codes.DCM.Suvbsa, codes.UCUM.StandardizedUptakeValueBodySurfaceArea),
+    "SUVibw": (codes.DCM.Suvibw, codes.UCUM.StandardizedUptakeValueIdealBodyWeight),
+}
+_UNITS = {
+    "kBq/mL": Code("kBq/ml", "UCUM", "kilobecquerel per milliliter"),
+    "counts": codes.UCUM.Counts, "counts/s": codes.UCUM.CountsPerSecond,
+    "propcounts": codes.UCUM.ProportionalToCounts, "propcounts/s": codes.UCUM.ProportionalToCountsPerSecond,
+    "mm": _MILLIMETRE, "ml": Code("ml", "UCUM", "ml"), "%": codes.UCUM.Percent, "1": codes.UCUM.NoUnits,
+}
+
+
 def unit(name: str) -> Code:
-    """The UCUM code of "SUVbw", "kBq/mL", "counts", "mm", "ml", "%" or "1"; another name as an annotation."""
-    known = {
-        "SUVbw": codes.UCUM.StandardizedUptakeValueBodyWeight,
-        "kBq/mL": Code("kBq/ml", "UCUM", "kilobecquerel per milliliter"),
-        "counts": codes.UCUM.Counts, "mm": _MILLIMETRE, "ml": Code("ml", "UCUM", "ml"), "%": codes.UCUM.Percent,
-        "1": codes.UCUM.NoUnits,
-    }
-    return known.get(name) or Code(f"{{{name}}}"[:16], "UCUM", name[:64])
+    """The UCUM code of a unit as it is shown, of "mm", "ml", "%" or "1"; another name as an annotation."""
+    if name in _SUV:
+        return _SUV[name][1]
+    return _UNITS.get(name) or Code(f"{{{name}}}"[:16], "UCUM", name[:64])
 
 
 def quantity(display_unit: str) -> Code:
-    """What a PET voxel of that display unit measures: SUVbw (CID 85), or tomographic activity."""
-    if display_unit == "SUVbw":
-        return codes.DCM.Suvbw
-    return codes.DCM.NuclearMedicineTomographicActivity
+    """What a PET voxel of that display unit measures: an SUV (CID 85), or tomographic activity."""
+    return _SUV[display_unit][0] if display_unit in _SUV else codes.DCM.NuclearMedicineTomographicActivity

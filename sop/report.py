@@ -122,8 +122,7 @@ def _deconvolution(looks: Mapping[str, Any], origin: Origin,
                      for (value, meaning), width in zip(_AXES, looks["kernel"]["fwhm_mm"], strict=True)]
     measured.append(Measurement(own("activity-change", "Change of total activity by deconvolution"),
                                 100.0 * float(looks["activity_change"]), unit("%")))
-    measured.append(Measurement(own("residual-rms", "Residual after blurring again, root mean square"),
-                                float(looks["residual_rms"]), unit(looks["unit"])))
+    measured.append(Measurement(_residual_code(looks), float(looks["residual_rms"]), unit(looks["unit"])))
     told = []
     if origin.derivation.research_use:
         told.append(QualitativeEvaluation(own("intended-use", "Intended use"),
@@ -131,6 +130,13 @@ def _deconvolution(looks: Mapping[str, Any], origin: Origin,
     return MeasurementsAndQualitativeEvaluations(
         _tracking(origin, "deconvolution"), algorithm_id=algorithm, measurements=measured,
         finding_type=own("deconvolution", "Deconvolution of the whole series"), qualitative_evaluations=told or None)
+
+
+def _residual_code(looks: Mapping[str, Any]) -> Code:
+    """Source minus what: a method without a kernel blurs nothing again."""
+    if looks["kernel"] is None:
+        return own("residual-mean", "Source minus means of the image over its voxels, RMS")
+    return own("residual-rms", "Residual after blurring again, root mean square")
 
 
 def _gates(gates: Sequence[Mapping[str, Any]], origin: Origin) -> list[MeasurementsAndQualitativeEvaluations]:
@@ -190,10 +196,11 @@ def _measured(region: Mapping[str, Any], when: str, display_unit: str, origin: O
     point = CoordinatesForMeasurement3D(
         GraphicTypeValues3D.POINT, np.array([region["centre_mm"]], dtype=float), origin.source.frame_of_reference_uid)
     measured = [
-        Measurement(quantity(display_unit), float(region[when][key]), unit(display_unit), derivation=derivation,
-                    referenced_coordinates=[point] if key == "max" else None)
+        Measurement(quantity(display_unit), float(region[when][key]), unit(display_unit), derivation=derivation)
         for key, derivation in _STATISTICS]
-    measured.append(Measurement(codes.SCT.Volume, float(region["volume_ml"]), unit("ml")))
+    # The centre tells where the region is. It is not where the maximum lies, so no uptake is said to come from there.
+    measured.append(Measurement(codes.SCT.Volume, float(region["volume_ml"]), unit("ml"),
+                                referenced_coordinates=[point]))
     return MeasurementsAndQualitativeEvaluations(
         _tracking(origin, name), session=f"{when} deconvolution", algorithm_id=algorithm, source_images=[image],
         finding_type=own("large-uptake", "Region of large uptake"), finding_sites=[FindingSite(codes.SCT.EntireBody)],

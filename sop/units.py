@@ -33,7 +33,7 @@ SUV_UCUM = {
     "": "g/ml{SUVbw}",
     "BW": "g/ml{SUVbw}",
     "LBM": "g/ml{SUVlbm}",
-    "LBMJAMES128": "g/ml{SUVlbm}",
+    "LBMJAMES128": "g/ml{SUVlbm(James128)}",
     "LBMJANMA": "g/ml{SUVlbm(Janma)}",
     "IBW": "g/ml{SUVibw}",
     "BSA": "cm2/ml{SUVbsa}",

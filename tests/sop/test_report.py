@@ -74,7 +74,8 @@ def test_each_region_is_measured_before_and_after_at_one_place(groups: Any, tmp_
         assert [found[name] for name in names] == [
             (region[when][key], "g/ml{SUVbw}") for key in ("max", "mean", "peak")]
         assert found["Volume"] == (3.25, "ml")
-        (point,) = group.get_measurements()[0].referenced_coordinates
+        (point,) = group.get_measurements()[3].referenced_coordinates
+        assert not any(one.referenced_coordinates for one in group.get_measurements()[:3])  # not the hottest place
         assert point.value.tolist() == [[1.5, -20.25, -80.0]] and point.graphic_type.value == "POINT"
         assert group.get_measurements()[0].name == codes.DCM.Suvbw
     assert before.tracking_uid == after.tracking_uid != groups[4].tracking_uid
@@ -98,12 +99,22 @@ def test_a_report_without_suv_says_its_unit(tmp_path: Path) -> None:
     assert numbers(group)["Nuclear Medicine Tomographic Activity Maximum"] == (16.2, "kBq/ml")
 
 
+@pytest.mark.parametrize("name", ["SUVlbm", "SUVlbm(Janma)", "SUVlbm(James128)", "SUVbsa", "SUVibw"])
+def test_another_suv_has_its_own_code(tmp_path: Path, name: str) -> None:
+    """CID 85 has a quantity and a unit for each."""
+    made = origin(tmp_path)
+    group = groups_of(report_object(told(unit=name), made, made.series("report"), mapping=None))[2]
+    found = numbers(group)[f"{name} Maximum"]
+    assert found[0] == 16.2 and found[1].endswith(f"/ml{{{name}}}")
+
+
 def test_a_method_without_a_kernel_reports_none(tmp_path: Path) -> None:
-    """An interpolation has no FWHM; all else is there."""
+    """An interpolation has no FWHM, and nothing was blurred again; all else is there."""
     made = origin(tmp_path)
     content = report_object(told(kernel=None), made, made.series("report"), mapping=None)
     group = groups_of(content)[0]
-    assert not [name for name in numbers(group) if "FWHM" in name]
+    assert not [name for name in numbers(group) if "FWHM" in name or "blurring" in name]
+    assert numbers(group)["Source minus means of the image over its voxels, RMS"] == (0.0456, "g/ml{SUVbw}")
 
 
 def test_the_report_rests_on_all_instances_of_both_series(tmp_path: Path) -> None:
