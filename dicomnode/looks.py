@@ -21,10 +21,12 @@ from __future__ import annotations
 
 import json
 import math
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -263,12 +265,18 @@ def save(path: Path, looks: Looks) -> None:
 
 
 def load(path: Path) -> Looks:
-    """Read what `save` wrote. Raises FileNotFoundError for a job that was built without, ValueError for other files."""
-    with np.load(path, allow_pickle=False) as held:
-        if "measures" not in held:
-            raise ValueError(f"{path.name} does not hold looks")
-        arrays = {name: _restored(held, name) for name in held.files if name != "measures" and "/" not in name}
-        return Looks(json.loads(str(held["measures"])), arrays)
+    """Read what `save` wrote.
+
+    Raises FileNotFoundError for a job that was built without, ValueError for other files and damaged ones.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as held:
+            if "measures" not in held:
+                raise ValueError(f"{path.name} does not hold looks")
+            arrays = {name: _restored(held, name) for name in held.files if name != "measures" and "/" not in name}
+            return Looks(json.loads(str(held["measures"])), arrays)
+    except (BadZipFile, EOFError, KeyError, zlib.error) as error:
+        raise ValueError(f"{path.name} is damaged: {error}") from error
 
 
 def _restored(held: Any, name: str) -> Image:

@@ -18,7 +18,7 @@ from dicomnode.errors import RefusedInput
 from dicomnode.ledger import SQL, Ledger
 from dicomnode.states import JOB_STATES, SERIES_STATES
 
-__all__ = ["LARGEST", "STATES", "Page", "StudyRow", "studies"]
+__all__ = ["FIRST", "LARGEST", "STATES", "Page", "StudyRow", "studies"]
 
 LARGEST = 500  # rows of a page
 STATES = tuple(dict.fromkeys((*JOB_STATES, *SERIES_STATES)))

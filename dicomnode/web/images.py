@@ -27,9 +27,9 @@ from dicomnode.looks import load as load_looks
 from dicomnode.web.access import Viewer
 from dicomnode.web.palette import picture
 from dicomnode.web.site import Site, SiteNow
-from dicomnode.web.volumes import PLANES, Gone, Pair, Shelf, open_pair, stamp_of
+from dicomnode.web.volumes import PLANES, REPAIR, Gone, Pair, Shelf, open_pair, stamp_of
 
-__all__ = ["Palette", "Top", "job_of", "looks_of", "pair_of", "planes_of", "router", "version_of"]
+__all__ = ["Palette", "Top", "job_of", "looks_of", "looks_or_why", "pair_of", "planes_of", "router", "version_of"]
 
 router = APIRouter(include_in_schema=False)
 
@@ -88,13 +88,26 @@ def version_of(job: dict[str, Any]) -> str:
 
 
 def looks_of(site: Site, job: dict[str, Any]) -> Looks | None:
-    """None where the job has none: built before there were any, or removed with its files."""
+    """None where the job has none, or where they cannot be read."""
+    return looks_or_why(site, job)[0]
+
+
+def looks_or_why(site: Site, job: dict[str, Any]) -> tuple[Looks | None, str]:
+    """The looks of a job; without them, why there are none (as in NodeError), "" where nothing was built."""
     if not job["derived_path"]:
-        return None
+        return None, ""
+    folder = site.spool.absolute(job["derived_path"])
     try:
-        return _LOOKS.get(site.spool.absolute(job["derived_path"]) / LOOKS_FILE)
+        return _LOOKS.get(folder / LOOKS_FILE), ""
     except FileNotFoundError:
-        return None
+        if job["purged_at"]:
+            return None, "the derived files were removed after delivery, as [retention] says; the figures are kept"
+        if not folder.is_dir():
+            return None, f"the derived files are not in the data directory. Remedy: {REPAIR}"
+        told = (job["report"] or {}).get("looks") or {}
+        return None, told.get("problem", "there are no pictures: this job was built by a version that made none")
+    except (ValueError, OSError) as error:
+        return None, f"the pictures cannot be read ({error}). Remedy: {REPAIR}"
 
 
 def pair_of(site: Site, job: dict[str, Any]) -> Pair:

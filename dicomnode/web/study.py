@@ -15,12 +15,12 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import HTMLResponse, RedirectResponse
 from pydicom import dcmread
 
-from dicomnode import operate, views, wording
+from dicomnode import operate, search, views, wording
 from dicomnode.forecast import forecast
 from dicomnode.ledger import Ledger
 from dicomnode.web import plots, story
 from dicomnode.web.access import User, Viewer
-from dicomnode.web.images import Palette, Top, looks_of, pair_of, planes_of, version_of
+from dicomnode.web.images import Palette, Top, looks_of, looks_or_why, pair_of, planes_of, version_of
 from dicomnode.web.images import job_of as row_of_job
 from dicomnode.web.site import Site, SiteNow, page
 from dicomnode.web.volumes import Gone
@@ -139,12 +139,13 @@ def _values(site: Site, user: User, found: Json, job: int | None, top: float | N
 
 
 def _chosen(series: list[Json], job: int | None) -> Json:
-    """The series that the page is about: of the job that was asked for; the PET whose newest job is newest; any."""
+    """The series that the page is about: of the job that was asked for; the PET to look at first, as lists have it."""
     for one in series:
         if job is not None and any(other["job"] == job for other in one["jobs"]):
             return one
-    return max(series, key=lambda one: (max((other["job"] for other in one["jobs"]), default=0),
-                                        one["modality"] == "PT", one["last_received_at"]))
+    return max(series, key=lambda one: (one["modality"] == "PT", -search.FIRST.index(one["state"]),
+                                        max((other["job"] for other in one["jobs"]), default=0),
+                                        one["last_received_at"]))
 
 
 def _shown_job(series: Json, job: int | None) -> Json | None:
@@ -198,7 +199,7 @@ def _result(site: Site, shown: Json | None) -> Json:
     """Report and looks of a job as the templates show them."""
     report = (shown or {}).get("report") or {}
     row = site.ledger.job(shown["job"]) if shown else None
-    looks = looks_of(site, row) if row else None
+    looks, why_none = looks_or_why(site, row) if row else (None, "")
     return {
         "report": report, "gates": story.gate_rows(report.get("gates", ())),
         "checks": report.get("check", {}).get("items", []),
@@ -206,6 +207,7 @@ def _result(site: Site, shown: Json | None) -> Json:
         "used": story.setting_rows(report.get("settings")), "seconds": report.get("seconds", {}),
         "files_version": version_of(row) if row else "", "purged": bool(row and row["purged_at"]),
         "built": bool(row and row["derived_path"]), "looks": _looks(site, row, looks) if row and looks else None,
+        "why_no_pictures": why_none,
     }
 
 
@@ -247,7 +249,10 @@ def _kernel_plots(site: Site, row: Json, measures: Json) -> list[Json]:
     path: Path = site.spool.absolute(row["derived_path"]) / KERNEL_FILE
     if measures["kernel"] is None or not path.is_file():
         return []
-    kernel = np.load(path, allow_pickle=False)
+    try:
+        kernel = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError, OSError):
+        return []  # damaged: its widths and its pictures stand in the looks
     peak = np.unravel_index(int(kernel.argmax()), kernel.shape)
     made = []
     for axis, (letter, words) in enumerate(zip("dhw", wording.AXES, strict=True)):

@@ -35,11 +35,12 @@ from sop.read import read_series
 from sop.suv import shown_unit
 from sop.units import pet_scale
 
-__all__ = ["PLANES", "Gone", "Pair", "Shelf", "open_pair", "oriented", "stamp_of"]
+__all__ = ["PLANES", "REPAIR", "Gone", "Pair", "Shelf", "open_pair", "oriented", "stamp_of"]
 
 #: Plane -> the axis of an oriented volume (head, back, left) that its slices are stacked along.
 PLANES = {"axial": 0, "coronal": 1, "sagittal": 2}
 MAX_BYTES = 2 * 2**30
+REPAIR = "stop the node, then `dicomnode repair --dry-run` looks what is missing or damaged"
 SPARE_BYTES = 2**30  # of the disk that looking leaves alone
 PLACE = ["ImagePositionPatient", "RescaleSlope", "Units", "SUVType", "PixelData"]
 
@@ -169,7 +170,9 @@ def open_pair(ledger: Ledger, spool: Spool, job: dict[str, Any]) -> Pair:
     before = after = None
     try:
         before, unit, factor = _source(ledger, spool, job)
-    except (Gone, Refused, OSError, ValueError) as error:
+    except Refused as error:  # it was read when the job ran
+        missing["before"] = f"a file of the source cannot be read: {error.reason}. Remedy: {REPAIR}"
+    except (Gone, OSError, ValueError) as error:
         missing["before"] = str(error)
     try:
         after, headers = _derived(spool, job)
@@ -178,7 +181,7 @@ def open_pair(ledger: Ledger, spool: Spool, job: dict[str, Any]) -> Pair:
     except (Gone, Refused, OSError, ValueError) as error:
         missing["after"] = str(error)
     except (InvalidDicomError, AttributeError, KeyError, EOFError) as error:  # what pydicom makes of a damaged file
-        missing["after"] = f"a derived file cannot be read ({error}). Remedy: dicomnode repair"
+        missing["after"] = f"a derived file cannot be read ({error}). Remedy: {REPAIR}"
     return Pair(before, after, unit, factor, missing)
 
 
@@ -196,7 +199,7 @@ def _source(ledger: Ledger, spool: Spool, job: dict[str, Any]) -> tuple[Volume, 
     if not files or not all(path.exists() for path in files):
         at = ledger.series(job["series_uid"])["purged_at"]
         raise Gone("the files of the source were removed after delivery, as [retention] says" if at else
-                   "the files of the source are not in the data directory. Remedy: dicomnode repair")
+                   f"the files of the source are not in the data directory. Remedy: {REPAIR}")
     volume, info = read_series(files)
     unit, factor, _ = shown_unit(info, volume.unit)
     kept = _mapped(volume.shape, spool, volume, lambda out: np.copyto(out, volume.array))
@@ -214,7 +217,7 @@ def _derived(spool: Spool, job: dict[str, Any]) -> tuple[Volume, Callable[[], li
         raise Gone("nothing was built" if not job["derived_path"] else
                    "the derived files were removed after delivery, as [retention] says" if job["purged_at"] else
                    f"{len(paths)} of {job['derived_instances']} derived files are in the data directory. "
-                   "Remedy: dicomnode repair")
+                   f"Remedy: {REPAIR}")
     first = dcmread(paths[0], stop_before_pixels=True)
     shape = (len(paths), int(first.Rows), int(first.Columns))
     kind = "<i2" if first.PixelRepresentation == 1 else "<u2"
@@ -241,8 +244,10 @@ def _derived(spool: Spool, job: dict[str, Any]) -> tuple[Volume, Callable[[], li
 
 
 def _read_into(out: NDArray[np.integer], path: Path) -> Dataset:
-    """The stored values of a file; what is known of its place is returned. Raises ValueError where they do not fit."""
+    """The stored values of a file; what is known of its place is returned. Raises Gone where it is not whole."""
     read = dcmread(path, specific_tags=PLACE)
+    if len(read.PixelData) < out.nbytes:
+        raise Gone(f"derived file {path.name} is not whole. Remedy: {REPAIR}")
     out[:] = np.frombuffer(read.PixelData, dtype=out.dtype, count=out.size).reshape(out.shape)
     del read.PixelData
     return read
