@@ -12,7 +12,7 @@ kidneys and bladder may be in it: then at most three times the 90th percentile, 
 saturate rather than pale all else. At least SUV 5; no more than the highest value of the two; rounded up to 1, 1.2,
 1.5, 2, 2.5, 3, 4, 5, 6, 8 or 10 times a power of ten.
 
-Pictures are kept in whole steps of a thousandth of `top` (coarser where a value lies above 65 times of it), which is
+Pictures are kept in whole steps of a thousandth of `top`, residuals of their own range (coarser where a value lies above 65 times of it), which is
 below what a screen shows, and take a few MB. Making them loads scipy and, for the residual of a method with a kernel,
 torch; keeping and loading needs numpy alone.
 """
@@ -255,13 +255,21 @@ def save(path: Path, looks: Looks) -> None:
             held[name] = values
             continue
         low, high = float(values.min()), float(values.max())
-        size = max(PERCENT if name.startswith("uncertainty.") else step, (high - low) / 65535)
+        size = max(_step(name, low, high, step), (high - low) / 65535)
         if name.endswith(".rotation"):
             values = values[:len(values) // 2]  # the other half is its mirror
         held[name] = np.rint((values - np.float32(low)) / np.float32(size)).astype(np.uint16)
         held[f"{name}/scale"] = np.array([size, low])
     with path.open("wb") as file:
         np.savez_compressed(file, **held)
+
+
+def _step(name: str, low: float, high: float, step: float) -> float:
+    """The smallest difference that a stored picture keeps. A residual is shown on a scale of its own, often far below
+    that of the images."""
+    if name.startswith("uncertainty."):
+        return PERCENT
+    return min(step, (high - low) / STEPS or step) if name.startswith("residual.") else step
 
 
 def load(path: Path) -> Looks:
