@@ -12,9 +12,9 @@ kidneys and bladder may be in it: then at most three times the 90th percentile, 
 saturate rather than pale all else. At least SUV 5; no more than the highest value of the two; rounded up to 1, 1.2,
 1.5, 2, 2.5, 3, 4, 5, 6, 8 or 10 times a power of ten.
 
-Pictures are kept in whole steps of a thousandth of `top`, residuals of their own range (coarser where a value lies above 65 times of it), which is
-below what a screen shows, and take a few MB. Making them loads scipy and, for the residual of a method with a kernel,
-torch; keeping and loading needs numpy alone.
+Pictures are kept in whole steps of a thousandth of `top` (residuals: of their own range; coarser where a value lies
+above 65 times of it), which is below what a screen shows, and take a few MB. Making them loads scipy and, for the
+residual of a method with a kernel, torch; keeping and loading needs numpy alone.
 """
 
 from __future__ import annotations

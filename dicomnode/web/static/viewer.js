@@ -199,7 +199,8 @@
       const at = this.at[plane.plane];
       this.slice.value = at;
       const axis = { axial: 2, coronal: 1, sagittal: 0 }[plane.plane];
-      const mm = plane.corner[axis] + plane.step[axis] * at;
+      const middle = (plane.right[axis] * plane.width + plane.down[axis] * plane.height) / 2;  // an oblique slice is aslant
+      const mm = plane.corner[axis] + middle + plane.step[axis] * at;
       const said = `${at + 1} of ${plane.slices}, ${"xyz"[axis]} = ${mm.toFixed(1)} mm`;
       this.box.querySelector("[data-slice-said]").textContent = said;
       this.slice.setAttribute("aria-valuetext", said);
