@@ -21,6 +21,7 @@ from dicomnode.states import JOB_STATES, SERIES_STATES
 __all__ = ["FIRST", "LARGEST", "STATES", "Page", "StudyRow", "studies"]
 
 LARGEST = 500  # rows of a page
+MANY = 1000  # jobs of a state from which on their studies are found on the way, not all of them beforehand
 STATES = tuple(dict.fromkeys((*JOB_STATES, *SERIES_STATES)))
 #: Of several PET series the one to look at first: what waits for a person, what goes on, what is over.
 FIRST = ("held", "failed", "running", "sending", "built", "queued", "complete", "waiting", "receiving", "matched",
@@ -80,7 +81,8 @@ def studies(ledger: Ledger, *, text: str = "", state: str = "", first: date | No
     """
     if state and state not in STATES:
         raise RefusedInput(f"there is no state {state!r}. Remedy: one of {', '.join(STATES)}.")
-    where, values = _conditions(text.strip(), state, _begin(first, timezone), _begin(_next_day(last), timezone))
+    common = bool(state) and ledger.query(_COUNT, (state, MANY))[0]["n"] == MANY
+    where, values = _conditions(text.strip(), state, common, _begin(first, timezone), _begin(_next_day(last), timezone))
     limit = max(1, min(limit, LARGEST))
     at, series_uid = _place(before)
     rows: list[StudyRow] = []
@@ -122,9 +124,21 @@ _STATE = """AND s.study_uid IN (
     UNION
     SELECT j.study_uid FROM job j WHERE j.state = :state
        AND j.id = (SELECT max(id) FROM job WHERE job.series_uid = j.series_uid))"""
+# The same for a state of very many jobs (all that was ever delivered): asked of each study on the way along the index
+# of arrivals, which ends when the page is full. The plus keeps sqlite from the index of states.
+_COMMON_STATE = """AND EXISTS (
+    SELECT 1 FROM series x WHERE x.study_uid = s.study_uid AND (
+        (+x.state = :state
+         AND (+x.state = 'held' OR NOT EXISTS (SELECT 1 FROM job WHERE job.series_uid = x.series_uid))
+         AND (x.modality = 'PT' OR NOT EXISTS (
+              SELECT 1 FROM series p WHERE p.study_uid = x.study_uid AND p.modality = 'PT')))
+        OR :state = (SELECT state FROM job WHERE job.id = (
+              SELECT max(id) FROM job WHERE job.series_uid = x.series_uid))))"""
+_COUNT = "SELECT count(*) AS n FROM (SELECT 1 FROM job WHERE state = ? LIMIT ?)"
 
 
-def _conditions(text: str, state: str, begin: float | None, end: float | None) -> tuple[str, dict[str, Any]]:
+def _conditions(text: str, state: str, common: bool, begin: float | None,
+                end: float | None) -> tuple[str, dict[str, Any]]:
     parts, values = [], {"text": text, "beyond": text + LAST, "state": state, "begin": begin, "end": end, "job": 0}
     number = text.removeprefix("job:")
     if text.startswith("job:") and number.isdecimal() and len(number) < 19:
@@ -132,7 +146,7 @@ def _conditions(text: str, state: str, begin: float | None, end: float | None) -
         values["job"] = int(number)
     elif text:
         parts.append(_TEXT)
-    parts += [_STATE] if state else []
+    parts += [_COMMON_STATE if common else _STATE] if state else []
     parts += ["AND s.first_at >= :begin"] if begin is not None else []
     parts += ["AND s.first_at < :end"] if end is not None else []
     return " ".join(parts), values

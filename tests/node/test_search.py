@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from dicomnode import search
 from dicomnode.errors import RefusedInput
 from dicomnode.ledger import InstanceRow, Ledger, NewJob
 from dicomnode.search import STATES, studies
@@ -129,3 +130,39 @@ def test_ten_thousand_studies_are_searched_at_once(tmp_path: Path) -> None:
             page = studies(ledger, **options)  # type: ignore[arg-type]
             assert time.perf_counter() - since < 1.0, options
             assert page.rows or options.get("state") not in ("held", "delivered", None)
+
+
+def test_a_common_state_is_found_on_the_way_and_finds_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever way is taken, every state gives the same studies in the same order, page after page."""
+
+    def pages(ledger: Ledger, state: str) -> list[str]:
+        names, before = [], None
+        while (page := studies(ledger, state=state, limit=50, before=before)).rows:
+            names += [row.study for row in page.rows]
+            before = page.next
+            if before is None:
+                break
+        return names
+
+    with Ledger(crowded(tmp_path, studies=300)) as ledger:
+        ledger.query("UPDATE series SET state = 'held' WHERE series_uid = '2.25.2000000007'")
+        ledger.query("UPDATE series SET state = 'ignored' WHERE modality = 'CT'")
+        ledger.query("UPDATE job SET state = 'cancelled' WHERE id % 7 = 0")
+        usual = {state: pages(ledger, state) for state in STATES}
+        monkeypatch.setattr(search, "MANY", 0)
+        assert {state: pages(ledger, state) for state in STATES} == usual
+        assert len(usual["delivered"]) > 200 and usual["held"] and not usual["ignored"]
+
+
+def test_what_was_ever_delivered_is_not_all_read_for_a_page(tmp_path: Path) -> None:
+    """A page of a state that thousands of studies have costs little more than one of all studies."""
+    with Ledger(crowded(tmp_path)) as ledger:
+
+        def cost(state: str) -> float:
+            began = time.process_time()
+            for _ in range(5):
+                assert len(studies(ledger, state=state).rows) == 50
+            return time.process_time() - began
+
+        cost("delivered")
+        assert min(cost("delivered") for _ in range(3)) < 5 * min(cost("") for _ in range(3))
