@@ -253,3 +253,12 @@ def test_the_node_shows_its_peers_and_what_is_configured_but_no_secret(page: Pag
     expect(page.get_by_role("region", name="PSF library").first).to_contain_text("DICOMNODE SYNTHETIC PHANTOM")
     expect(page.locator(".own").get_by_text("Europe/Berlin")).to_be_visible()
     assert served.token not in page.content()
+
+
+def test_the_api_page_reads_on_a_phone(open_page: OpenPage) -> None:
+    """Nothing is cut off at its right: what a request answers stands below it."""
+    page = open_page(PHONE)
+    go(page, "/api/docs")
+    fits(page)
+    assert page.evaluate("[...document.querySelectorAll('.table')].every(one => one.scrollWidth <= one.clientWidth)")
+    axe(page)
