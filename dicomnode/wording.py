@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["AXES", "GATES", "PSF_IS", "activity", "change", "figure", "gate_words", "psf", "uptake", "volume",
-           "widths"]
+__all__ = ["AXES", "GATES", "PSF_IS", "activity", "change", "figure", "gate_words", "psf", "unit_note", "uptake",
+           "volume", "widths"]
 
 Json = Mapping[str, Any]
 
@@ -77,6 +77,15 @@ def uptake(value: float | None) -> str:
     ('11.11', '0.50', '12346', '–')
     """
     return "–" if value is None else f"{value:.2f}" if abs(value) < 1000 else f"{value:.0f}"
+
+
+def unit_note(unit: str, why: str) -> str:
+    """Why an image is not shown in SUVbw.
+
+    >>> unit_note("kBq/mL", "no SUV: PatientWeight is missing")
+    'Shown in kBq/mL, not in SUVbw: PatientWeight is missing.'
+    """
+    return f"Shown in {unit}, not in SUVbw: {why.removeprefix('no SUV: ').rstrip('.')}."
 
 
 def volume(ml: float) -> str:

@@ -17,7 +17,7 @@ from dicomnode import looks
 from dicomnode.ledger import Ledger
 from dicomnode.reporting.blocks import Block, Cell, Chart, Facts, Line, Paragraph, Picture, Section, Table, mark, number
 from dicomnode.spool import Spool
-from dicomnode.wording import PSF_IS, activity, change, figure, gate_words, psf, uptake, volume, widths
+from dicomnode.wording import PSF_IS, activity, change, figure, gate_words, psf, unit_note, uptake, volume, widths
 
 __all__ = ["checks", "patient", "sections"]
 
@@ -157,7 +157,7 @@ def _regions(measures: Json) -> Iterator[Block]:
     unit = measures["unit"]
     name = "SUV" if unit.startswith("SUV") else ""
     if measures["unit_note"]:
-        yield Paragraph(f"No SUV: {measures['unit_note']}.".replace("..", "."))
+        yield Paragraph(unit_note(unit, measures["unit_note"]))
     if not measures["regions"]:
         yield Paragraph("No region stands out of its surroundings.")
         return
