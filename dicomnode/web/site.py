@@ -22,6 +22,7 @@ from dicomnode.web.words import Words
 __all__ = ["FOLDER", "Site", "SiteNow", "page"]
 
 FOLDER = Path(__file__).parent
+WAIT_S = 4.0  # for a ledger that another process keeps locked: meanwhile no page is answered
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Site:
     def of(cls, config: Config, *, clock: Callable[[], float]) -> Site:
         """Opens (and at first use makes) ledger and spool of the configuration. Raises NodeError, OSError."""
         spool = Spool(config.node.data_dir)
-        return cls(config, Ledger(spool.ledger_path), spool, clock, _templates())
+        return cls(config, Ledger(spool.ledger_path, timeout_s=WAIT_S), spool, clock, _templates())
 
 
 def _templates() -> Environment:

@@ -1,14 +1,20 @@
-"""Files damaged under the page: it says which, and shows all the rest."""
+"""Files damaged and the ledger locked under the page: it says which, and shows all the rest."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import sqlite3
+import time
 from pathlib import Path
 
 import pytest
 from fastapi.testclient import TestClient
 
+from dicomnode.config import parse
+from dicomnode.web import site
+from dicomnode.web.access import operator_token
+from dicomnode.web.app import create
 from tests.web.nodes import Furnished
 
 
@@ -104,3 +110,29 @@ def test_every_study_offers_its_report(node: Furnished, client: TestClient, stat
     study = node.studies[state]
     assert f"/studies/{study}/report.pdf" in client.get(f"/studies/{study}").text
     assert client.get(f"/studies/{study}/report.html").status_code == 200
+
+
+def test_a_ledger_locked_for_long_keeps_no_page_waiting_for_long(
+        node: Furnished, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is to be written is refused with the reason; figures are given without being kept; all else is shown."""
+    assert site.WAIT_S < 5  # two of them pass within a scrape of Prometheus, 10 s
+    monkeypatch.setattr(site, "WAIT_S", 0.2)
+    app = create(parse(node.toml), clock=lambda: node.now)
+    client = TestClient(app, base_url="http://127.0.0.1", headers={
+        "Authorization": f"Bearer {operator_token(app.state.site.config)}"})
+    study, target = node.studies["queued"], node.series["queued"]
+    seen = client.get(f"/studies/{study}/act/hold?target={target}").text.split('name="seen" value="')[1].split('"')[0]
+    other = sqlite3.connect(node.folder / "data" / "ledger.sqlite3", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    try:
+        began = time.monotonic()
+        assert client.get("/metrics").status_code == 200
+        assert client.get("/").status_code == 200
+        refused = client.post(f"/studies/{study}/act/hold", data={"target": target, "seen": seen})
+        assert time.monotonic() - began < 4
+        assert refused.status_code == 503
+        assert "another process keeps the ledger locked" in refused.text
+    finally:
+        other.execute("ROLLBACK")
+        other.close()
+        app.state.site.ledger.close()
