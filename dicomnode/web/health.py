@@ -45,7 +45,10 @@ def _wrong(site: Site) -> list[str]:
         found += [f"worker {row['name']} was not heard of for {row['silent_s']:.0f} s" for row in silent]
     except sqlite3.Error as error:
         found.append(f"the ledger does not answer: {error}")
-    seen = machine.look(site.config, site.spool, now=now)
+    try:
+        seen = machine.look(site.config, site.spool, now=now)
+    except OSError as error:
+        return [*found, f"the data directory cannot be looked at: {error.strerror or error}"]
     if seen.receiver_runs is False:
         found.append("no receiver runs: nothing can come in")
     if seen.free_bytes // MIB <= site.config.reception.low_disk_mb:

@@ -168,6 +168,9 @@ def test_readiness_is_told_to_all_and_its_reasons_to_those_who_may_look(app: Fas
         assert stranger.get("/readyz").status_code == 200
     workers.beat(app.state.site.ledger, [workers.Beat("here:1:cpu", node.now - 1000, None)])
     assert any("not heard" in reason for reason in client.get("/readyz").json()["reasons"])
+    node.folder.rename(node.folder.with_name("unmounted"))
+    assert "data directory" in client.get("/readyz").json()["reasons"][-1], "status 503, no error of ours"
+    node.folder.with_name("unmounted").rename(node.folder)
     app.state.site.ledger.close()
     assert stranger.get("/readyz").status_code == 503 and stranger.get("/healthz").status_code == 200
 
