@@ -201,7 +201,7 @@ def _delivery(one: Json, objects: int, times: Times) -> list[Cell | object]:
                                                                         else "") for remark in one["remarks"]]
     proof = f"{one['committed']} confirmed by {one['confirm']}" if one["committed"] else ""
     return [one["peer"], mark(one["state"], TONES.get(one["state"], "")),
-            number(f"{one['accepted']} of {objects}"), number(one["attempts"]),
+            number(f"{one['accepted']} of {max(objects, one['accepted'])}"), number(one["attempts"]),
             times.minute(one["done_at"]), "; ".join(filter(None, [one["reason"], proof, *remarks]))]
 
 
@@ -231,10 +231,12 @@ def _about() -> Section:
         Paragraph("Before is the PET as it was received, after the derived series: the same field of view on a grid "
                   "twice as fine, at the same scale. SUVmax, SUVmean and SUVpeak are of the regions of highest uptake, "
                   "found on the received PET and measured at the same place in both; the peak is the highest mean in a "
-                  "sphere of 1 mL.", quiet=True),
-        Paragraph("The kernel is the blur that the method found or was given; its full width at half maximum (FWHM) "
-                  "is given along slice, row and column. Gates are measured on the result before it is written, checks "
-                  "on the written files by other code; what fails one is held and never sent.", quiet=True),
+                  "sphere of 1 mL (at the border of the field of view, in the part of it that was seen).", quiet=True),
+        Paragraph("The kernel is the blur as it is kept, on the PET's voxels; its FWHM is the full width at half "
+                  "maximum through its highest voxel, from slice to slice, row to row and column to column. The PSF "
+                  "FWHM is the method's own figure, without the voxels' part, and so narrower. Gates are measured on "
+                  "the result before it is written, checks on the written files by other code; what fails one is held "
+                  "and never sent.", quiet=True),
         Paragraph("Deblurring recovers activity that blur had spread; it can also make noise look like structure. "
                   "Compare with the received series before drawing conclusions.", quiet=True),
     ))

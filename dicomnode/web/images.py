@@ -188,7 +188,9 @@ def slice_(request: Request, site: SiteNow, user: Viewer, study: str, job: int, 
 
     def make() -> bytes:
         values = pair_of(site, row).slice(when, plane, number)
-        return picture(values, top=top or float(values.max()) or 1.0, palette=palette)
+        looks = looks_of(site, row)
+        usual = float(looks.measures["top"]) if looks else max(float(values.max()), 0.0) or 1.0
+        return picture(values, top=top or usual, palette=palette)
 
     return _answer(request, row, v, make)
 

@@ -62,6 +62,16 @@ def test_a_value_is_that_of_the_voxel_at_the_place(app, node, client, base):
         assert found["before"]["value"] == pytest.approx(source.array[coarse] * factor, rel=1e-6)
 
 
+def test_slices_share_the_scale_of_the_pictures_unless_another_is_asked_for(app, node, client, base):
+    """A link without a scale must not show each slice at one of its own: before and after could not be compared."""
+    site = app.state.site
+    top = load(site.spool.absolute(f"derived/{node.job}") / LOOKS_FILE).measures["top"]
+    for when in ("before", "after"):
+        for number in (3, 15):
+            path = f"{base}/slice/{when}/axial/{number}.png"
+            assert np.array_equal(grey(client.get(path)), grey(client.get(f"{path}?top={top}")))
+
+
 def test_outside_the_field_of_view_there_is_no_value(client, base):
     """Nothing is made up beyond the edge."""
     found = client.get(f"{base}/value?x=9999&y=0&z=0").json()
