@@ -15,7 +15,7 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import HTMLResponse, RedirectResponse
 from pydicom import dcmread
 
-from dicomnode import operate, search, views, wording
+from dicomnode import companions, operate, search, views, wording
 from dicomnode.forecast import forecast
 from dicomnode.ledger import Ledger
 from dicomnode.web import plots, story
@@ -207,8 +207,17 @@ def _result(site: Site, shown: Json | None) -> Json:
         "used": story.setting_rows(report.get("settings")), "seconds": report.get("seconds", {}),
         "files_version": version_of(row) if row else "", "purged": bool(row and row["purged_at"]),
         "built": bool(row and row["derived_path"]), "looks": _looks(site, row, looks) if row and looks else None,
-        "why_no_pictures": why_none,
+        "why_no_pictures": why_none, "going": _going(site, shown),
     }
+
+
+def _going(site: Site, shown: Json | None) -> Json:
+    """What is delivered of a job as its route has it now: how many objects, and which companion series still go."""
+    route = site.config.named_route(shown["route"]) if shown else None
+    wanted = companions.wanted((shown or {}).get("report"), route.also if route else None)
+    derived = (shown or {}).get("derived_instances")
+    return {"objects": None if derived is None else derived + companions.instances(wanted),
+            "series": [one["series_uid"] for one in wanted]}
 
 
 def _looks(site: Site, row: Json, looks: Any) -> Json:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
+from dataclasses import replace
 
 import pytest
 from fastapi.testclient import TestClient
@@ -242,3 +244,24 @@ def test_a_page_of_thousands_of_studies_is_as_quick(crowded_data, node):
             took.append(time.perf_counter() - begin)
         assert min(took) < 0.2, took
     ledger.close()
+
+
+def test_a_delivery_counts_what_its_route_still_sends(node, client):
+    """A companion whose word was taken out of `also` is not waited for, and says so; what was sent stays counted."""
+    app = client.app
+    site, made = app.state.site, {"kind": "kernel", "of": "kernel", "series_uid": "2.25.77", "series_number": 1003,
+                                  "description": "NBD kernel", "modality": "OT", "instances": 1, "files": {"k": "0"}}
+    site.ledger.query("UPDATE job SET report = json_set(report, '$.also', json(?)) WHERE id = ?",
+                      (json.dumps({"wanted": ["kernel"], "series": [made], "left_out": {}}), node.job))
+    objects = site.ledger.job(node.job)["derived_instances"]
+    page = text_of(client, node, "delivered")
+    assert f"{objects} of {objects}<" in page and "not sent (any more)" in page
+    app.state.site = replace(site, config=parse(node.toml.replace("also = []", 'also = ["kernel"]')))
+    page = text_of(client, node, "delivered")
+    assert f"{objects} of {objects + 1}<" in page and "not sent (any more)" not in page
+
+
+def test_a_ct_that_was_chosen_is_not_said_not_to_be(client, node):
+    """A preset that does not look at it says so; the history and the table of series name the CT."""
+    page = text_of(client, node, "delivered")
+    assert "Chosen as guide." in page and "this preset does not look at it" in page and "no CT was chosen" not in page
