@@ -262,3 +262,13 @@ def test_the_api_page_reads_on_a_phone(open_page: OpenPage) -> None:
     fits(page)
     assert page.evaluate("[...document.querySelectorAll('.table')].every(one => one.scrollWidth <= one.clientWidth)")
     axe(page)
+
+
+def test_a_reason_with_a_long_path_stays_on_a_phone(open_page: OpenPage, served: Served) -> None:
+    """Reasons name files, and a path has no blank at which a line could break."""
+    served.ledger.query("UPDATE job SET reason = ? WHERE state = 'held'",
+                        (f"/var/lib/{'dicomnode/' * 30} is gone. Remedy: look at /{'derived/' * 30}",))
+    page = open_page(PHONE)
+    for path in ("/", "/studies", "/alerts"):
+        go(page, path)
+        fits(page)
