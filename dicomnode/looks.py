@@ -94,7 +94,7 @@ def make(source: Volume, result: Deconvolution, info: SeriesInfo) -> Looks:
     top = shared_top(scaled["before"]["coronal"], highest, unit=unit, length_mm=length_mm)
     arrays = {f"{name}.{plane}": image for name, planes in scaled.items() for plane, image in planes.items()}
     rotation = _rotation(before, after, factor, top, arrays)
-    off = _residual(source, result)
+    off, core = _residual(source, result)
     for plane, image in _signed(off, before).items():
         arrays[f"residual.{plane}"] = image * np.float32(factor)
     found = regions(source, result.image)
@@ -109,8 +109,9 @@ def make(source: Volume, result: Deconvolution, info: SeriesInfo) -> Looks:
         "profiles": [profile for number, region in enumerate(found[:PROFILED], start=1)
                      for profile in _profiles(str(number), region, source, result.image, factor)],
         "activity_change": activity_change(result.image.array, source.array) if source.array.any() else 0.0,
-        "residual_rms": float(np.sqrt(np.mean(off.array.astype(np.float64) ** 2))) * factor,
-        "residual_of": "image blurred by the kernel" if result.kernel is not None else "image on the source's voxels",
+        "residual_rms": float(np.sqrt(np.mean(off.array[core].astype(np.float64) ** 2))) * factor,
+        "residual_of": "image on the source's voxels" if result.kernel is None else "image blurred by the kernel" if
+        off.array[core].size == off.array.size else "image blurred by the kernel, inside the deblurred region",
         "uncertainty": _uncertainty(result, after, arrays, top),
     }
     return Looks(measures, arrays)
@@ -144,14 +145,23 @@ def _rotation(before: Upright, after: Upright, factor: float, top: float, arrays
     return {"mm": list(turned[0].mm), "degrees": 360.0 / VIEWS, "first": "from the front, then from the patient's left"}
 
 
-def _residual(source: Volume, result: Deconvolution) -> Volume:
-    """Source minus the image seen through the method's forward model; without a kernel, minus its means over voxels."""
-    if result.kernel is not None:
-        from deconv.finish import residual
+def _residual(source: Volume, result: Deconvolution) -> tuple[Volume, tuple[slice, ...]]:
+    """Source minus the image seen through the method's forward model; without a kernel, minus its means over voxels.
 
-        return source.with_array(-residual(source, result.image, result.kernel))
-    d, h, w = source.shape
-    return source.with_array(source.array - result.image.array.reshape(d, 2, h, 2, w, 2).mean(axis=(1, 3, 5)))
+    Where only a region was deblurred (settings "region_box") it is told in its core, as the gates measure it, and 0
+    elsewhere: what is outside is the source itself, and blurring that would show nothing but the blurring.
+    """
+    if result.kernel is None:
+        d, h, w = source.shape
+        means = result.image.array.reshape(d, 2, h, 2, w, 2).mean(axis=(1, 3, 5))
+        return source.with_array(source.array - means), (slice(None),) * 3
+    from deconv.finish import residual
+    from deconv.region import region
+
+    core = region(source, str(result.settings.get("region_box") or "whole")).core
+    off = np.zeros(source.shape, dtype=np.float32)
+    off[core] = -residual(source, result.image, result.kernel)[core]
+    return source.with_array(off), core
 
 
 def _signed(off: Volume, before: Upright) -> dict[str, Image]:

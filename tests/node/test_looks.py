@@ -15,6 +15,8 @@ from scipy import signal
 import deconv
 from deconv import Deconvolution, Volume
 from deconv.metrics import kernel_fwhm_mm
+from deconv.region import region as region_of
+from deconv.safeguards import gates
 from dicomnode import looks, pipeline
 from dicomnode.looks import LOOKS_FILE
 from dicomnode.pipeline import Outcome
@@ -223,3 +225,20 @@ def test_an_oblique_series_has_pictures_too(tmp_path: Path) -> None:
     arrays = looks.load(tmp_path / "out" / LOOKS_FILE).arrays
     for plane in ("axial", "coronal", "sagittal"):
         assert arrays[f"after.{plane}"].shape == tuple(2 * n for n in arrays[f"before.{plane}"].shape)
+
+
+def test_the_residual_of_a_region_is_told_inside_it_alone() -> None:
+    """Outside, the image is the source: blurring it again would make a residual where nothing was done. Its RMS is that
+    of the gate."""
+    found, volume, result = made(method="tv")
+    box = "box:3-12,4-16,3-15"
+    part = replace(result, settings={**result.settings, "region_box": box})
+    info = read_series(pet_series(slices=12, rows=20, columns=18))[1]
+    told = looks.make(volume, part, info)
+    measured = {gate.name: gate.measured for gate in gates(volume, part)}["residual"]
+    inside = region_of(volume, box).inside
+    top = float(volume.array[inside].max()) * told.measures["factor"]
+    assert told.measures["residual_rms"] == pytest.approx(measured * top, rel=1e-5)
+    assert not told.arrays["residual.axial"][0].any() and not told.arrays["residual.coronal"][:, 0].any()
+    assert found.arrays["residual.axial"][0].any()
+    assert told.measures["residual_of"].endswith("inside the deblurred region")
