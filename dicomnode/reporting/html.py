@@ -8,6 +8,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from dicomnode.plaintext import seen
 from dicomnode.reporting import charts
 from dicomnode.reporting.blocks import Chart, StudyReport
 
@@ -20,7 +21,7 @@ FOLDER = Path(__file__).parent
 def _environment() -> Environment:
     """Everything is escaped; a name that the template does not get is an error."""
     environment = Environment(loader=FileSystemLoader(FOLDER), autoescape=True, undefined=StrictUndefined,
-                              trim_blocks=True, lstrip_blocks=True)
+                              trim_blocks=True, lstrip_blocks=True, finalize=seen)
     environment.filters["svg"] = _svg
     return environment
 

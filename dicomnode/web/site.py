@@ -16,6 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from dicomnode import __version__
 from dicomnode.config import Config
 from dicomnode.ledger import Ledger
+from dicomnode.plaintext import seen
 from dicomnode.spool import Spool
 from dicomnode.web.words import Words
 
@@ -45,7 +46,7 @@ class Site:
 def _templates() -> Environment:
     """Everything is escaped; a name that a template does not get is an error, never an empty place."""
     return Environment(loader=FileSystemLoader(FOLDER / "templates"), autoescape=True, undefined=StrictUndefined,
-                       trim_blocks=True, lstrip_blocks=True, auto_reload=False)
+                       trim_blocks=True, lstrip_blocks=True, auto_reload=False, finalize=seen)
 
 
 @cache
