@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import urlencode
 
 import numpy as np
 from fastapi import APIRouter, Query, Request, Response
@@ -16,6 +17,7 @@ from fastapi.responses import HTMLResponse, RedirectResponse
 from pydicom import dcmread
 
 from dicomnode import companions, operate, search, views, wording
+from dicomnode.errors import RefusedInput
 from dicomnode.forecast import forecast
 from dicomnode.ledger import Ledger
 from dicomnode.web import plots, story
@@ -46,7 +48,10 @@ KERNEL_FILE = "kernel.npy"  # as dicomnode.pipeline, which this process does not
 def study_page(request: Request, site: SiteNow, user: Viewer, study: str, job: int | None = None,
                done: Annotated[str, Query(max_length=8)] = "", top: Top = None,
                palette: Palette = "inverse") -> Response:
-    found = views.show(site.ledger, study)
+    try:
+        found = views.show(site.ledger, study)
+    except RefusedInput:  # an accession number of several studies: the list has them all, with their states
+        return RedirectResponse(f"{site.config.web.root_path}/studies?{urlencode({'q': study})}", status_code=303)
     if found["study"] != study:
         named = next((one["job"] for series in found["series"] for one in series["jobs"]
                       if study in (series["series"], one["derived_series"])), None)

@@ -265,3 +265,13 @@ def test_a_ct_that_was_chosen_is_not_said_not_to_be(client, node):
     """A preset that does not look at it says so; the history and the table of series name the CT."""
     page = text_of(client, node, "delivered")
     assert "Chosen as guide." in page and "this preset does not look at it" in page and "no CT was chosen" not in page
+
+
+def test_an_accession_number_of_several_studies_leads_to_all_of_them(client, node):
+    """A link made of an accession number is never a dead end: the list shows them with their states."""
+    client.app.state.site.ledger.query("UPDATE series SET accession_number = 'A 1&2' WHERE series_uid IN (?, ?)",
+                                       (node.series["held"], node.series["waiting"]))
+    answer = client.get("/studies/A%201%262")
+    assert answer.status_code == 303
+    listed = client.get(answer.headers["location"]).text
+    assert node.studies["held"] in listed and node.studies["waiting"] in listed
