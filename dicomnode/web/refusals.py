@@ -1,7 +1,7 @@
 """Who was refused, and how often: every refusal is a line of history; who guesses tokens has to wait.
 
 The history is kept for ever, so an address that is refused again and again is written down RECORDED times in WINDOW_S
-and not once for each request.
+and not once for each request, and all addresses together IN_ALL times: who has many (IPv6) fills no disk either.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from collections.abc import Callable
 from dicomnode.ledger import Ledger
 from dicomnode.logs import get_logger
 
-__all__ = ["ATTEMPTS", "RECORDED", "WINDOW_S", "Refusals"]
+__all__ = ["ATTEMPTS", "IN_ALL", "RECORDED", "WINDOW_S", "Refusals"]
 
 WINDOW_S = 600.0
 ATTEMPTS = 10   # wrong tokens of one address within WINDOW_S; then none is looked at
 RECORDED = 20   # refusals of one address within WINDOW_S that the history shows
+IN_ALL = 1000   # refusals of all addresses within WINDOW_S that the history shows
 ADDRESSES = 10_000  # remembered at once
 
 log = get_logger(__name__)
@@ -31,6 +32,7 @@ class Refusals:
         self._lock = threading.Lock()
         self._wrong: dict[str, list[float]] = {}
         self._recorded: dict[str, list[float]] = {}
+        self._all: list[float] = []
 
     def wait_s(self, address: str) -> float:
         """Seconds until a token from there is looked at again; 0: now."""
@@ -49,6 +51,11 @@ class Refusals:
                 return
             if len(times) == RECORDED:
                 reason += f"; no more refusals of {address} are written down for {WINDOW_S / 60:.0f} minutes"
+            self._all = [*(at for at in self._all if at > now - WINDOW_S), now][-(IN_ALL + 1):]
+            if len(self._all) > IN_ALL:
+                return
+            if len(self._all) == IN_ALL:
+                reason += "; refusals of too many addresses: those that follow are not written down for a while"
         log.warning("a request was refused", action="web_refused", address=address, code=code, reason=reason)
         try:
             self._ledger.event("security", now=now, code=code, reason=reason, actor=address)

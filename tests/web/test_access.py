@@ -14,7 +14,7 @@ from dicomnode.config import parse
 from dicomnode.errors import ConfigError
 from dicomnode.web.access import COOKIE, operator_token
 from dicomnode.web.app import create
-from dicomnode.web.refusals import ATTEMPTS, RECORDED, WINDOW_S
+from dicomnode.web.refusals import ATTEMPTS, IN_ALL, RECORDED, WINDOW_S
 from tests.web.house import HOME, OPERATOR, VIEWER, Build, House
 
 # --- tokens
@@ -104,6 +104,20 @@ def test_a_flood_of_refusals_does_not_fill_the_history(house: House) -> None:
         client.post("/act")
     assert len(house.recorded()) == RECORDED
     assert "no more refusals" in house.app.state.site.ledger.events()[-1]["reason"]
+
+
+def test_a_flood_from_many_addresses_does_not_fill_the_history_either(house: House) -> None:
+    """Who has a network of addresses is written down so many times in all, also later only so many."""
+    ledger, refusals = house.app.state.site.ledger, house.app.state.door.refusals
+    with ledger.transaction():  # one commit for all
+        for n in range(IN_ALL + 50):
+            refusals.record(f"2001:db8::{n:x}", "wrong-token", "no", wrong_token=True)
+    assert len(house.recorded()) == IN_ALL and "too many addresses" in ledger.events()[-1]["reason"]
+    refusals.record("192.0.2.1", "wrong-token", "no", wrong_token=True)
+    assert len(house.recorded()) == IN_ALL
+    house.now[0] += WINDOW_S + 1
+    refusals.record("192.0.2.1", "wrong-token", "no", wrong_token=True)
+    assert len(house.recorded()) == IN_ALL + 1
 
 
 # --- browsers
