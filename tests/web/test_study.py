@@ -55,7 +55,7 @@ def test_a_delivered_study_shows_the_whole_result(client, node):
     """Pictures, kernel, uptake, gates in words, checks, deliveries with counts, settings."""
     page = text_of(client, node, "delivered")
     for part in ("/mip/before/coronal.png", "/turn/after/0.png", "/kernel/d.png", "full width at half maximum",
-                 "SUVmax", "Region 1", "Change of the total activity", "all 11 open", "checks passed", "32 of 32",
+                 "SUVmax", "Region 1", "Change of the total activity", "all 11 passed", "checks passed", "32 of 32",
                  "ARCHIVE", "Settings, device and times", "Uncertainty of what the projection shows", "data-place="):
         assert part in page, part
     assert "by <b>PETCT1</b>" in page  # who
