@@ -220,7 +220,7 @@ def guide_wait(
     until = completed_at + ct_wait_s
     if now < until:
         return GuideDecision("waiting", choice.code, f"{choice.reason}; one may still come", until)
-    waited = f"{choice.reason} within {ct_wait_s:g} s after the PET was complete"
+    waited = choice.reason + (f" within {ct_wait_s:g} s after the PET was complete" if ct_wait_s else "")
     if allow_unguided:
         return GuideDecision("unguided", choice.code, f"{waited}: deblurred without a guide")
     remedy = "send the CT of the same frame of reference, or allow unguided runs in the route"
