@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import sqlite3
 import subprocess
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pydicom.dataset import Dataset
+from pynetdicom.dsutils import encode
 
 from tests.e2e.harness import RunningNode
 from tests.factories import ct_series, pet_series
@@ -32,11 +34,10 @@ dimse_timeout_s = 5
 """
 
 
-def route(*peers: str) -> str:
+def route(*peers: str, also: Sequence[str] = ()) -> str:
     """All PET by the quickest method to those peers, with short waits."""
-    names = ", ".join(f'"{name}"' for name in peers)
     return (f'[[route]]\nname = "all PET"\nwhen = {{ Modality = "PT" }}\nmethod = "nearest"\npreset = "default"\n'
-            f"send_to = [{names}]\n{QUICK}")
+            f"send_to = {json.dumps(peers)}\nalso = {json.dumps(also)}\n{QUICK}")
 
 
 @dataclass(frozen=True)
@@ -93,14 +94,14 @@ def account(node: RunningNode, sent: Sequence[Study], received: dict[str, Sequen
     """Hold the node to its promises and return what was counted; fails the test where one is broken.
 
     received  peer's name -> what it stored. Every acknowledged instance lies on disk with its digest and a ledger row;
-    each study has one derived series at each peer, whole, no UID with two images; the ledger is sound; no unfinished
-    file is left.
+    each study has one derived series at each peer, whole, and what its job tells of beside it (nothing of it left out
+    but a kernel that does not exist), no UID with two objects; the ledger is sound; no unfinished file is left.
     """
     data = node.data_dir
     with closing(sqlite3.connect(f"file:{data / 'ledger.sqlite3'}?mode=ro", uri=True)) as db:
         assert db.execute("PRAGMA integrity_check").fetchone()[0] == "ok"
         rows = dict(db.execute("SELECT sop_instance_uid, path FROM instance"))
-        jobs = db.execute("SELECT series_uid, state, derived_series_uid FROM job "
+        jobs = db.execute("SELECT series_uid, derived_series_uid, report FROM job "
                           "WHERE state != 'superseded'").fetchall()
         unfinished = db.execute("SELECT count(*) FROM series WHERE state IN ('receiving', 'complete')").fetchone()[0]
     expected = {path.stem for study in sent for path in study.files}
@@ -110,25 +111,39 @@ def account(node: RunningNode, sent: Sequence[Study], received: dict[str, Sequen
     assert {study.pet_series for study in sent} <= set(by_series), "a study has no job"
     assert max(by_series.values()) == 1, f"a series has two jobs: {by_series.most_common(2)}"
     assert unfinished == 0, f"{unfinished} series were never decided"
-    derived = {series: uid for series, _, uid in jobs}
+    slices, derived, beside = {study.pet_series: study.pet_slices for study in sent}, {}, {}
+    for series, uid, report in jobs:
+        if series in slices:
+            derived[uid] = 2 * slices[series]
+            also = (json.loads(report) if report else {}).get("also", {"series": [], "left_out": {}})
+            beside.update({one["series_uid"]: one["instances"] for one in also["series"]})
+            assert set(also["left_out"]) <= {"kernel"}, f"left out beside a derived series: {also['left_out']}"
     for name, datasets in received.items():
-        _whole_and_once(name, datasets, {derived[study.pet_series]: study.pet_slices for study in sent})
+        _whole_and_once(name, datasets, derived | beside)
     leftovers = [path for path in (data / "incoming").iterdir() if time.time() - path.stat().st_mtime > 60]
     assert not leftovers, f"unfinished files are left: {leftovers[:3]}"
-    return {"studies": len(sent), "instances": len(expected), "jobs": len(jobs),
-            "derived instances": sum(len({d.SOPInstanceUID for d in found}) for found in received.values())}
+    counted = {"studies": len(sent), "instances": len(expected), "jobs": len(jobs), "derived instances": 0}
+    for found in received.values():
+        uids = {d.SOPInstanceUID: d.SeriesInstanceUID in beside for d in found}
+        counted["derived instances"] += len(uids) - sum(uids.values())
+        if beside:
+            counted["instances beside them"] = counted.get("instances beside them", 0) + sum(uids.values())
+    return counted
 
 
 def _whole_and_once(name: str, datasets: Sequence[Dataset], expected: dict[str, int]) -> None:
+    """expected  SeriesInstanceUID -> instances."""
     found: dict[str, set[str]] = {}
-    images: dict[str, str] = {}
+    objects: dict[str, str] = {}
     for dataset in datasets:
-        uid, image = str(dataset.SOPInstanceUID), hashlib.sha256(dataset.PixelData).hexdigest()
+        uid, content = str(dataset.SOPInstanceUID), encode(dataset, False, True)
+        assert content is not None, f"{name} got {uid}, which cannot be written again"
+        digest = hashlib.sha256(content).hexdigest()
         found.setdefault(str(dataset.SeriesInstanceUID), set()).add(uid)
-        assert images.setdefault(uid, image) == image, f"{name}: one UID means two images: {uid}"
-    assert set(found) == set(expected), f"{name} has {len(found)} derived series, {len(expected)} were due"
-    short = {series: len(uids) for series, uids in found.items() if len(uids) != 2 * expected[series]}
-    assert not short, f"{name}: derived series that are not whole: {short}"
+        assert objects.setdefault(uid, digest) == digest, f"{name}: one UID means two objects: {uid}"
+    assert set(found) == set(expected), f"{name} has {len(found)} series of ours, {len(expected)} were due"
+    short = {series: len(uids) for series, uids in found.items() if len(uids) != expected[series]}
+    assert not short, f"{name}: series of ours that are not whole: {short}"
 
 
 def storage_peers(**peers: StoragePeer) -> dict[str, tuple[str, int | None]]:

@@ -22,13 +22,14 @@ KILLS = int(os.environ.get("CHAOS_KILLS", "200"))
 
 
 def test_kills_at_random_moments(tmp_path: Path, tell: Callable[..., None]):
-    """Nothing acknowledged is lost, nothing is derived twice, every study ends delivered to both peers."""
+    """Nothing acknowledged is lost, nothing is derived twice, all ends at both peers, and what goes beside it too."""
     rng = random.Random(20)
     killed: Counter[str] = Counter()
     done = threading.Event()
     sent = studies(tmp_path, 4)
     with StoragePeer("PACS") as pacs, StoragePeer("ARCHIVE") as archive, RunningNode(
-        tmp_path / "node", peers=storage_peers(PACS=pacs, ARCHIVE=archive), route=route("PACS", "ARCHIVE"), quiet_s=1,
+        tmp_path / "node", peers=storage_peers(PACS=pacs, ARCHIVE=archive), quiet_s=1,
+        route=route("PACS", "ARCHIVE", also=("report", "kernel", "pictures")),
     ) as node:
         tries = 0
 
