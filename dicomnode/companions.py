@@ -64,8 +64,14 @@ def series_uids(report: Mapping[str, Any] | None) -> list[str]:
 
 
 def whole(folder: Path, report: Mapping[str, Any]) -> bool:
-    """Whether the companions lie in a derived folder as they were made, none fewer and none else."""
-    files = {name: digest for one in wanted(report, None) for name, digest in one["files"].items()}
+    """Whether the companions lie in a derived folder as they were made, none fewer and none else.
+
+    False too for a report.json that the disk has damaged, so that what it tells cannot be understood.
+    """
+    try:
+        files = {name: digest for one in wanted(report, None) for name, digest in one["files"].items()}
+    except (AttributeError, KeyError, TypeError):
+        return False
     there = {path.name: path for path in (folder / ALSO_FOLDER).glob("*.dcm")}
     return files.keys() == there.keys() and all(_digest(there[name]) == digest for name, digest in files.items())
 

@@ -44,7 +44,7 @@ from dicomnode.spool import Spool, fsync_dir
 from dicomnode.spoolcheck import DAMAGED
 from dicomnode.states import OTHER_IMAGE
 
-__all__ = ["Executor", "RECIPE", "REPORT_FILE"]
+__all__ = ["Executor", "RECIPE", "REPORT_FILE", "report_in"]
 
 REPORT_FILE = "report.json"
 #: What the report on disk tells of its job under "job", so that a ledger that was lost can know it again (rebuild.py).
@@ -345,9 +345,8 @@ class Executor:
     def _adopt(self, job: dict[str, Any]) -> bool:
         """Whether derived/JOB was finished by an earlier attempt that died before it could enter it."""
         target = self._spool.data_dir / "derived" / str(job["id"])
-        try:
-            report = json.loads((target / REPORT_FILE).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        report = report_in(target)
+        if report is None:
             return False
         report.pop("job", None)  # the ledger knows it
         whole = (report["identity"] == job["identity"]
@@ -470,6 +469,17 @@ class Executor:
             return None
         present = job["memory_gb"] or settings.get("memory_gb")
         return None if present is None else float(present) / 2
+
+
+def report_in(folder: Path) -> dict[str, Any] | None:
+    """report.json of a derived folder; None where there is none, or the disk has damaged it."""
+    try:
+        report = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    fits = (isinstance(report, dict) and isinstance(report.get("identity"), str)
+            and isinstance(report.get("derived_series_uid"), str) and isinstance(report.get("derived_instances"), int))
+    return report if fits else None
 
 
 def _fsync_file(path: Path) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 from dicomnode import __version__, companions
 from dicomnode.errors import CannotUnderstand
-from dicomnode.executor import RECIPE, REPORT_FILE
+from dicomnode.executor import RECIPE, REPORT_FILE, report_in
 from dicomnode.ledger import InstanceRow, Ledger
 from dicomnode.psflibrary import keep_found
 from dicomnode.retention import MEMO
@@ -132,7 +132,7 @@ class _Rebuild:
         """Enter the job of each derived folder whose job is unknown, the newest first; it counts as sent: perhaps it
         was. One that a person held or cancelled stays so, if the history still tells, and one that was replaced."""
         for folder in sorted(self._numbered("derived"), key=lambda folder: -int(folder.name)):
-            report = _report(folder)
+            report = report_in(folder)
             if report is None or self._ledger.query(
                     "SELECT 1 FROM job WHERE id = ? OR identity = ?", (int(folder.name), report["identity"])):
                 continue
@@ -147,7 +147,7 @@ class _Rebuild:
 
     def _strange(self, folder: Path) -> None:
         """A derived folder that tells too little to bring its job back must not lie where another job would build."""
-        source = (_report(folder) or {}).get("source", {})
+        source = (report_in(folder) or {}).get("source", {})
         target = self._spool.data_dir / "damaged" / f"derived-{folder.name}.{int(self._now)}"
         self.done.moves.append((folder, target))
         self.done.lost.append(Lost(str(source.get("study_uid", "")), str(source.get("series_uid", "")), "",
@@ -421,16 +421,6 @@ class _Rebuild:
 
 def _counted(found: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in sorted(found.items())) or "nothing"
-
-
-def _report(folder: Path) -> dict[str, Any] | None:
-    try:
-        report = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    fits = (isinstance(report, dict) and isinstance(report.get("identity"), str)
-            and isinstance(report.get("derived_series_uid"), str) and isinstance(report.get("derived_instances"), int))
-    return report if fits else None
 
 
 def _usable(recipe: Any) -> bool:

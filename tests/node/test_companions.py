@@ -16,10 +16,12 @@ from pynetdicom import AE, evt
 from pynetdicom.sop_class import PositronEmissionTomographyImageStorage  # type: ignore[attr-defined]
 
 from dicomnode import commitment, companions, operate, views
-from dicomnode.executor import Executor
+from dicomnode.executor import RECIPE, REPORT_FILE, Executor
+from dicomnode.ledger import Ledger
 from dicomnode.proof import Prover
 from dicomnode.query import Asking
 from dicomnode.rebuild import _is_whole
+from dicomnode.repair import repair
 from dicomnode.retention import Purger
 from dicomnode.runner import ChildRunner
 from dicomnode.services.catalogue import Catalogue
@@ -387,6 +389,50 @@ def test_they_are_ignored_when_they_come_back(tmp_path: Path) -> None:
         line.now += 31
         line.matcher().tick()
         assert {line.state(uid) for uid in series} == {("ignored", "own-output")} and len(series) == 4
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+def test_a_lost_ledger_brings_the_job_back_with_its_companions_or_makes_it_again(
+        tmp_path: Path, peer: StoragePeer, flipped: bool) -> None:
+    """`repair`: from the report of the derived folder. One companion with a flipped bit, and nothing of it is sent."""
+    with Line(tmp_path, port=peer.port, toml=FAST, route=ROUTE) as line:
+        job_id = built(line)
+        job, folder = line.ledger.job(job_id), line.spool.data_dir / "derived" / str(job_id)
+        told = json.loads((folder / REPORT_FILE).read_text())
+        (folder / REPORT_FILE).write_text(json.dumps({**told, "job": {key: job[key] for key in RECIPE}}))
+        if flipped:
+            path = folder / "also" / "kernel-1.dcm"
+            content = bytearray(path.read_bytes())
+            content[-100] ^= 1
+            path.write_bytes(content)
+        line.ledger.close()
+        for path in line.spool.data_dir.glob("ledger.sqlite3*"):
+            path.unlink()
+        repair(line.spool.data_dir, now=line.now)
+        line.ledger = Ledger(line.spool.ledger_path)
+        assert line.ledger.job(job_id)["state"] == ("queued" if flipped else "sending")
+        deliver(line)
+        assert len(peer.datasets) == (0 if flipped else 24 + len(objects()))
+
+
+@pytest.mark.parametrize("damage", [('"identity"', '"identitx"'), ('"files"', '"filer"'), ('"series"', '"serieq"'),
+                                    ('"also": {', '"also": [{}], "x": {'), ("{", "[1, {")])
+def test_a_report_that_was_damaged_stops_neither_the_worker_nor_a_repair(
+        tmp_path: Path, damage: tuple[str, str]) -> None:
+    """What an earlier attempt left and cannot be understood is made anew."""
+    with Line(tmp_path, route=ROUTE) as line:
+        job_id = built(line)
+        path = line.spool.data_dir / "derived" / str(job_id) / REPORT_FILE
+        text = path.read_text().replace(*damage, 1) + ("]" if damage[1].startswith("[") else "")
+        path.write_text(text)
+        report = json.loads(text)
+        assert not isinstance(report, dict) or not companions.whole(path.parent, report) or "identity" not in report
+        with line.ledger.transaction() as db:
+            db.execute("UPDATE job SET state = 'queued', derived_path = NULL, derived_instances = NULL, inputs = '[]'")
+        executor = Executor(line.config, line.ledger, line.spool, clock=line.clock, full_settings=full_settings_here,
+                            runner=ChildRunner(command=_python("build()")))
+        job = attempt(line, executor)
+        assert (job["state"], job["derived_instances"]) == ("built", 2)
 
 
 @pytest.mark.slow
