@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta
+from functools import lru_cache
 from zoneinfo import ZoneInfo
 
 from dicomnode.sections import Route, Schedule
@@ -132,32 +133,39 @@ class Windows:
         """Each day's windows, ordered by their opening; from the days before `begin` until they open after `end`."""
         day = datetime.fromtimestamp(begin, self._zone).date() - LOOK_BACK * DAY
         while True:
-            opened = sorted(
-                (self._moment(day, window.start), self._moment(day, window.end))
-                for window in self._windows if day.weekday() in window.days)
-            for start, stop in opened:
+            for start, stop in _of_day(self._windows, self._zone, day):
                 if start > end:
                     return
                 yield start, stop
             day += DAY
-            if end != math.inf and self._moment(day, 0) > end:
+            if end != math.inf and _moment(self._zone, day, 0) > end:
                 return
 
-    def _moment(self, day: date, minutes: int) -> float:
-        """The first moment at which the clock has reached so many minutes after midnight of `day`."""
-        wall = datetime(day.year, day.month, day.day) + timedelta(minutes=minutes)
-        late = wall.replace(tzinfo=self._zone).timestamp()
-        if self._wall(late) == wall:
-            return late
-        # Skipped: by the offset after the change the moment lies before the change, by the one before it after.
-        early = wall.replace(tzinfo=self._zone, fold=1).timestamp()
-        while late - early > 1:
-            middle = float((late + early) // 2)
-            early, late = (early, middle) if self._wall(middle) >= wall else (middle, late)
-        return late
 
-    def _wall(self, moment: float) -> datetime:
-        return datetime.fromtimestamp(moment, self._zone).replace(tzinfo=None, fold=0)
+@lru_cache(maxsize=4096)
+def _of_day(windows: tuple[Window, ...], zone: ZoneInfo, day: date) -> tuple[tuple[float, float], ...]:
+    """(opens, closes) of the windows of a day, in order. Kept: a forecast asks for the same days hundreds of times."""
+    return tuple(sorted((_moment(zone, day, window.start), _moment(zone, day, window.end))
+                        for window in windows if day.weekday() in window.days))
+
+
+@lru_cache(maxsize=4096)
+def _moment(zone: ZoneInfo, day: date, minutes: int) -> float:
+    """The first moment at which the clock has reached so many minutes after midnight of `day`."""
+    wall = datetime(day.year, day.month, day.day) + timedelta(minutes=minutes)
+    late = wall.replace(tzinfo=zone).timestamp()
+    if _wall(zone, late) == wall:
+        return late
+    # Skipped: by the offset after the change the moment lies before the change, by the one before it after.
+    early = wall.replace(tzinfo=zone, fold=1).timestamp()
+    while late - early > 1:
+        middle = float((late + early) // 2)
+        early, late = (early, middle) if _wall(zone, middle) >= wall else (middle, late)
+    return late
+
+
+def _wall(zone: ZoneInfo, moment: float) -> datetime:
+    return datetime.fromtimestamp(moment, zone).replace(tzinfo=None, fold=0)
 
 
 class Openings:
