@@ -30,10 +30,16 @@ def live(request: Request, site: SiteNow, user: Viewer) -> HTMLResponse:
 
 
 def _page(request: Request, site: Site, template: str) -> HTMLResponse:
+    newest = site.ledger.query("SELECT coalesce(max(id), 0) AS id FROM event")[0]["id"]  # what was just done shows
+    board, timeline = site.tonight.get(lambda: _look(site), now=site.clock(), stamp=newest)
+    return page(request, template, board=board, timeline=timeline)
+
+
+def _look(site: Site) -> tuple[dict[str, Any], dict[str, Any]]:
     now = site.clock()
     seen = machine.look(site.config, site.spool, now=now, starts=alerts.starts(site.ledger))
     board = tonight(site.ledger, site.config, seen, now=now)
-    return page(request, template, board=board, timeline=_timeline(board))
+    return board, _timeline(board)
 
 
 def _timeline(board: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,6 +18,7 @@ from dicomnode.config import Config
 from dicomnode.ledger import Ledger
 from dicomnode.plaintext import seen
 from dicomnode.spool import Spool
+from dicomnode.web.shared import Shared
 from dicomnode.web.words import Words
 
 __all__ = ["FOLDER", "Site", "SiteNow", "page"]
@@ -35,6 +36,7 @@ class Site:
     spool: Spool
     clock: Callable[[], float]
     templates: Environment
+    tonight: Shared = field(default_factory=Shared)  # what all see of the front page
 
     @classmethod
     def of(cls, config: Config, *, clock: Callable[[], float]) -> Site:
