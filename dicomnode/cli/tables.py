@@ -195,6 +195,8 @@ def _print_job(console: Console, job: Mapping[str, Any]) -> None:
         console.print(f"    {_measured(report)}")
     for delivery in job["deliveries"]:
         count = (job["derived_instances"] or 0) + job["also"]["instances"]
+        if delivery["state"] in ("delivered", "committed"):
+            count = delivery["answered"]  # all that was to be sent: a word may have left `also` of the route
         took = f"{delivery['accepted']} of {count} objects accepted, attempt {delivery['attempts']}"
         _line(console, delivery["state"], f"{took}. {delivery['reason']}", f"    to {escape(delivery['peer'])}: ")
         for remark in delivery["remarks"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 import shutil
@@ -14,8 +15,10 @@ import pytest
 from pydicom import dcmread
 from pynetdicom import AE, evt
 from pynetdicom.sop_class import PositronEmissionTomographyImageStorage  # type: ignore[attr-defined]
+from rich.console import Console
 
 from dicomnode import commitment, companions, operate, views
+from dicomnode.cli.tables import print_study
 from dicomnode.executor import RECIPE, REPORT_FILE, Executor
 from dicomnode.ledger import Ledger
 from dicomnode.proof import Prover
@@ -282,6 +285,9 @@ def test_taking_the_companions_out_of_the_route_lets_such_a_job_end(tmp_path: Pa
         (row,) = line.ledger.deliveries(job_id)
         assert len(line.ledger.statuses(row["id"])) == 24
         assert sorted(commitment.uncommitted(line.ledger, row["id"])) == sorted(peer.stored)
+        told = io.StringIO()
+        print_study(Console(file=told, width=300), views.show(line.ledger, line.ledger.job(job_id)["study_uid"]))
+        assert "24 of 24 objects accepted" in told.getvalue(), "what is no longer to be sent is not counted"
 
 
 def test_storage_commitment_covers_the_companions(tmp_path: Path) -> None:
