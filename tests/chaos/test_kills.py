@@ -18,6 +18,7 @@ from tests.e2e.harness import RunningNode
 from tests.peers import StoragePeer, wait_until
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(2400)]
+ALSO = ("report", "kernel", "pictures")
 KILLS = int(os.environ.get("CHAOS_KILLS", "200"))
 
 
@@ -29,7 +30,7 @@ def test_kills_at_random_moments(tmp_path: Path, tell: Callable[..., None]):
     sent = studies(tmp_path, 4)
     with StoragePeer("PACS") as pacs, StoragePeer("ARCHIVE") as archive, RunningNode(
         tmp_path / "node", peers=storage_peers(PACS=pacs, ARCHIVE=archive), quiet_s=1,
-        route=route("PACS", "ARCHIVE", also=("report", "kernel", "pictures")),
+        route=route("PACS", "ARCHIVE", also=ALSO),
     ) as node:
         tries = 0
 
@@ -68,7 +69,7 @@ def test_the_whole_node_is_killed_again_and_again(tmp_path: Path, tell: Callable
     sent = studies(tmp_path, 6)
     files = [file for study in sent for file in study.files]
     with StoragePeer("PACS") as pacs, RunningNode(
-        tmp_path / "node", peers=storage_peers(PACS=pacs), route=route("PACS"), quiet_s=1,
+        tmp_path / "node", peers=storage_peers(PACS=pacs), route=route("PACS", also=ALSO), quiet_s=1,
     ) as node:
         sender = threading.Thread(target=send_until_acknowledged, args=(node.port, rng.sample(files, len(files))))
         sender.start()
