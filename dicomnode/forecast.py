@@ -236,7 +236,7 @@ _SIZE = "(SELECT coalesce(sum(bytes), 0) FROM instance WHERE instance.series_uid
 _MEASURED = f"""
 SELECT method, preset, json_extract(report, '$.device') AS device, built_at - started_at AS seconds, {_SIZE}
   FROM job
- WHERE built_at IS NOT NULL AND started_at IS NOT NULL AND built_at > started_at AND report IS NOT NULL
+ WHERE built_at IS NOT NULL AND started_at IS NOT NULL AND built_at > started_at AND json_valid(report)
    AND (SELECT count(*) FROM event WHERE event.series_uid = job.series_uid AND event.job_id = job.id
         AND event.to_state = 'running') < 2
  ORDER BY job.id DESC LIMIT {5 * RECENT}"""  # a job that went on from a checkpoint took longer than its last run

@@ -20,6 +20,7 @@ from dicomnode.memo import memo
 from dicomnode.reconcile import problem_key
 from dicomnode.spool import Spool
 from dicomnode.states import JOB_STATES, SERIES_STATES
+from dicomnode.views import progress_of
 
 __all__ = ["Deliveries", "Gpu", "Now", "Worker", "certificates", "finished", "gpus", "retention_s", "take"]
 
@@ -138,7 +139,7 @@ def _progress(ledger: Ledger) -> dict[str, float]:
     """By the device that runs the job; two on the same device: the last one."""
     found = {}
     for row in ledger.query("SELECT coalesce(device, '') AS device, progress FROM job WHERE state = 'running'"):
-        progress = json.loads(row["progress"] or "{}")
+        progress = progress_of(row["progress"]) or {}
         if progress.get("steps") and row["device"]:
             found[row["device"]] = min(1.0, progress.get("step", 0) / progress["steps"])
     return found

@@ -17,6 +17,7 @@ from zoneinfo import ZoneInfo
 from dicomnode.errors import RefusedInput
 from dicomnode.ledger import SQL, Ledger
 from dicomnode.states import JOB_STATES, SERIES_STATES
+from dicomnode.views import progress_of
 
 __all__ = ["FIRST", "LARGEST", "STATES", "Page", "StudyRow", "studies"]
 
@@ -174,7 +175,7 @@ def _row(study_uid: str, series: list[dict[str, Any]]) -> StudyRow:
         code=shown[f"{own}_code"], reason=shown[f"{own}_reason"],
         until=shown["until"] if shown["series_state"] == "waiting" else None, job=shown["job_id"],
         route=shown["route"] or "", method=shown["method"] or "", preset=shown["preset"] or "",
-        progress=json.loads(shown["progress"]) if shown["progress"] else None,
+        progress=progress_of(shown["progress"]),
         derived_series=shown["derived_series_uid"] or "", finished_at=shown["finished_at"])
 
 

@@ -110,7 +110,8 @@ _LEFT_OUT = re.compile(r"\((\d+) more of these since the last note\)$")
 _LAST = """SELECT e.code, max(e.at) AS at FROM event e WHERE e.id > :mark AND e.id <= :top AND e.kind = 'delivery'
    AND e.from_state != e.to_state AND e.to_state IN ('delivered', 'committed') GROUP BY e.code"""
 _DURATIONS = """SELECT job.method, job.preset,
-       coalesce(json_extract(job.report, '$.device'), job.device, '') AS device,
+       coalesce(CASE WHEN json_valid(job.report) THEN json_extract(job.report, '$.device') END, job.device, '')
+       AS device,
        e.at - (SELECT max(r.at) FROM event r WHERE r.job_id = e.job_id AND r.to_state = 'running' AND r.id < e.id)
        AS seconds
   FROM event e JOIN job ON job.id = e.job_id

@@ -121,7 +121,8 @@ def _cluster(ledger: Ledger) -> Iterator[Trouble]:
     """Jobs that a Dask cluster keeps waiting: no scheduler, no worker that fits, other software there. A job that has
     just been claimed again is not yet proof of the contrary."""
     waiting = """
-        WITH waits AS (SELECT id, state, code, coalesce(json_extract(progress, '$.stage'), 'read') AS stage,
+        WITH waits AS (SELECT id, state, code,
+            coalesce(CASE WHEN json_valid(progress) THEN json_extract(progress, '$.stage') END, 'read') AS stage,
             (SELECT event.code FROM event WHERE event.job_id = job.id AND event.to_state = 'queued'
              ORDER BY event.id DESC LIMIT 1) AS before FROM job WHERE state IN ('queued', 'running'))
         SELECT count(*) AS jobs, min(id) AS first FROM waits

@@ -14,7 +14,7 @@ from dicomnode import companions, workers
 from dicomnode.errors import NotFound, RefusedInput
 from dicomnode.ledger import Ledger
 
-__all__ = ["jobs", "show", "status", "timestamp"]
+__all__ = ["jobs", "progress_of", "show", "status", "timestamp"]
 
 Json = dict[str, Any]
 
@@ -91,6 +91,19 @@ def _workers(ledger: Ledger, now: float) -> list[Json]:
             for row in workers.listing(ledger)]
 
 
+def progress_of(text: str | None) -> Json | None:
+    """What a running job said last; None where it said nothing or its row is damaged, which `dicomnode repair` finds.
+
+    >>> progress_of('{"stage": "main"}'), progress_of('{"sta')
+    ({'stage': 'main'}, None)
+    """
+    try:
+        said = json.loads(text or "null")
+    except ValueError:
+        return None
+    return said if isinstance(said, dict) else None
+
+
 def _series(row: Mapping[str, Any]) -> Json:
     source = "series" if row["job_id"] is None or row["series_state"] == "held" else "job"
     return {
@@ -115,7 +128,7 @@ def _series(row: Mapping[str, Any]) -> Json:
         "method": row["method"],
         "preset": row["preset"],
         "attempts": row["attempts"],
-        "progress": json.loads(row["progress"]) if row["progress"] else None,
+        "progress": progress_of(row["progress"]),
         "guide_series": row["guide_series_uid"],
         "derived_series": row["derived_series_uid"],
         "derived_instances": row["derived_instances"],
