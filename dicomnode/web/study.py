@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from urllib.parse import urlencode
 
 import numpy as np
@@ -41,13 +41,14 @@ DONE = {
 #: state -> seconds between two looks at it; states that are not here change by a person alone, or no more
 LOOKS_EVERY_S = {"running": 2, "built": 2, "sending": 2, "receiving": 5, "complete": 2, "matched": 2, "queued": 10,
                  "failed": 10, "waiting": 10, "delivered": 30}
+STEPS = 200  # lines of the history on a page; a link leads to all of them
 KERNEL_FILE = "kernel.npy"  # as dicomnode.pipeline, which this process does not load, calls it
 
 
 @router.get("/studies/{study}", response_class=HTMLResponse)
 def study_page(request: Request, site: SiteNow, user: Viewer, study: str, job: int | None = None,
                done: Annotated[str, Query(max_length=8)] = "", top: Top = None,
-               palette: Palette = "inverse") -> Response:
+               palette: Palette = "inverse", history: Literal["", "all"] = "") -> Response:
     try:
         found = views.show(site.ledger, study)
     except RefusedInput:  # an accession number of several studies: the list has them all, with their states
@@ -57,7 +58,8 @@ def study_page(request: Request, site: SiteNow, user: Viewer, study: str, job: i
                       if study in (series["series"], one["derived_series"])), None)
         return RedirectResponse(f"{site.config.web.root_path}/studies/{found['study']}"
                                 + (f"?job={named}" if named else ""), status_code=303)
-    return page(request, "study.html", **_values(site, user, found, job, top, palette), done=DONE.get(done, ""))
+    values = _values(site, user, found, job, top, palette, steps=None if history else STEPS)
+    return page(request, "study.html", **values, done=DONE.get(done, ""))
 
 
 @router.get("/studies/{study}/now", response_class=HTMLResponse)
@@ -118,12 +120,17 @@ def seen(ledger: Ledger, study: str) -> int:
 # --- what the templates get
 
 
-def _values(site: Site, user: User, found: Json, job: int | None, top: float | None, palette: str) -> Json:
-    """Everything of the page, for one of the study's jobs: that of the number, else the newest of its PET."""
+def _values(site: Site, user: User, found: Json, job: int | None, top: float | None, palette: str, *,
+            steps: int | None = STEPS) -> Json:
+    """Everything of the page, for one of the study's jobs: that of the number, else the newest of its PET.
+
+    steps   lines of the history that are shown, the newest; None: all.
+    """
     now = site.clock()
     series = _chosen(found["series"], job)
     shown = _shown_job(series, job)
     names = {one["series"]: f"{one['modality']} series {one['series_number']}".strip() for one in found["series"]}
+    history = story.timeline(found["events"], names)
     state = shown["state"] if shown and not _series_speaks(series, shown) else series["state"]
     reason = shown["reason"] if shown and not _series_speaks(series, shown) else series["reason"]
     values: Json = {
@@ -131,7 +138,7 @@ def _values(site: Site, user: User, found: Json, job: int | None, top: float | N
         "state": state, "reason": reason, "remedy": story.remedy(state, reason),
         "patient": _patient(site, series) if site.config.web.show_names else None,
         "may": operate.possible(site.ledger, series["series"]) if user.may_act and _newest(series, shown) else (),
-        "steps": story.timeline(found["events"], names),
+        "steps": history[:steps], "older": len(history) - len(history[:steps]),
         "every_s": LOOKS_EVERY_S.get(state) if _moves(state, shown) else None,
         "live": _live(site, series, shown, now),
         "others": [(one, other) for one in found["series"] for other in one["jobs"] if other is not shown],
