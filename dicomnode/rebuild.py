@@ -115,6 +115,8 @@ class _Rebuild:
                 for whole in tables[name].rows:
                     row = {key: value for key, value in whole.items() if key in known}
                     try:
+                        if name == "job":
+                            self._mend_texts(row)
                         if not self._sound and not sound_row(name, row, columns):
                             raise ValueError
                         db.execute(f"INSERT INTO {name} ({', '.join(row)}) VALUES "
@@ -127,6 +129,24 @@ class _Rebuild:
                     self.done.refused[name] = refused
 
     # --- jobs
+
+    def _mend_texts(self, row: dict[str, Any]) -> None:
+        """A report that is no JSON any more is that of its folder, or made anew; progress is over in any case.
+
+        Raises ValueError where what was asked for is no JSON: the row is refused, its folder may tell it.
+        """
+        if not all(_is_json(row.get(key)) for key in _JSON_COLUMNS):
+            raise ValueError
+        for key in ("report", "progress"):
+            if row.get(key) is None or _is_json(row[key]):
+                continue
+            told = report_in(self._spool.data_dir / "derived" / str(row["id"])) if key == "report" else None
+            if told is not None and told["identity"] == row["identity"]:
+                told.pop("job", None)
+                row[key] = json.dumps(told)
+            else:
+                row[key] = None
+            self.done.entered["texts"] += 1
 
     def jobs_of_reports(self) -> None:
         """Enter the job of each derived folder whose job is unknown, the newest first; it counts as sent: perhaps it
@@ -421,6 +441,14 @@ class _Rebuild:
 
 def _counted(found: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in sorted(found.items())) or "nothing"
+
+
+def _is_json(text: Any) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, TypeError):
+        return False
+    return True
 
 
 def _usable(recipe: Any) -> bool:

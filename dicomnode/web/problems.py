@@ -8,6 +8,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Mapping
 from http import HTTPStatus
+from json import JSONDecodeError
 from typing import Any
 from urllib.parse import quote, urlsplit
 
@@ -72,6 +73,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(NodeError, _node)
     app.add_exception_handler(Refused, _refused)
     app.add_exception_handler(sqlite3.Error, _ledger)
+    app.add_exception_handler(JSONDecodeError, _row)
 
 
 def _http(request: Request, error: Any) -> Response:
@@ -127,3 +129,10 @@ def _ledger(request: Request, error: Any) -> Response:
             f"the ledger cannot be used: {error}. Remedy: look at the disk and its rights; where the file is damaged, "
             "stop the node, then `dicomnode repair`, which keeps it")
     return answer(request, 503, text, {"Retry-After": "10"})
+
+
+def _row(request: Request, error: Any) -> Response:
+    """What is asked for has a damaged row; it is not read as if nothing stood there."""
+    log.error("a row of the ledger cannot be read", action="row_damaged", path=request.url.path, error=str(error))
+    return answer(request, 503, f"a row of the ledger that belongs to this cannot be read: {error}. Remedy: stop the "
+                                "node, then `dicomnode repair`, which makes the ledger anew and keeps the old file")

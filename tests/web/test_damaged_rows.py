@@ -22,3 +22,13 @@ def test_damaged_report_or_progress_takes_no_page_with_it(app: FastAPI, client: 
         db.execute("UPDATE job SET progress = ? WHERE state = 'running'", (text,))
     assert {path: client.get(path).status_code for path in PAGES} == dict.fromkeys(PAGES, 200)
     assert client.get(f"/studies/{node.studies['held']}").status_code == 200
+
+
+def test_the_page_of_a_damaged_row_says_what_to_do(app: FastAPI, client: TestClient, node: Furnished):
+    """Half a report: its own study's page is no failure without words, and not read as if there were none."""
+    with app.state.site.ledger.transaction() as db:
+        db.execute("UPDATE job SET report = ? WHERE id = ?", ('{"device": "cp', node.job))
+    study = node.studies["delivered"]
+    for path in (f"/studies/{study}", f"/api/v1/studies/{study}", f"/api/v1/jobs/{node.job}"):
+        answered = client.get(path)
+        assert answered.status_code == 503 and "dicomnode repair" in answered.text, path
