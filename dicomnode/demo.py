@@ -278,4 +278,5 @@ def _tell(console: Console, result: dict[str, Any]) -> None:
     folder = result["folder"]
     console.print(f"\nPicture  {result['picture']}\nDICOM    {folder}/source (sent), {folder}/received (derived)\n"
                   f"History  dicomnode show PHANTOM --config {folder}/node/dicomnode.toml\n"
-                  f"Page     dicomnode web --config {folder}/node/dicomnode.toml --link", soft_wrap=True)
+                  f"Page     dicomnode web --config {folder}/node/dicomnode.toml   runs it; with --link, in another "
+                  "terminal, the address to open", soft_wrap=True)
