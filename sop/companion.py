@@ -59,6 +59,8 @@ _SUBJECT = (
 _TYPE_2 = ("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime",
            "ReferringPhysicianName", "StudyID", "AccessionNumber")
 _SUBJECT_TAGS = frozenset(int(tag_for_keyword(keyword) or 0) for keyword in _SUBJECT)
+#: General Series (C.7.3.1), which an SR document has not: with a part that is unpaired, Laterality is not asked for.
+_BODY_PART_TAGS = frozenset(int(tag_for_keyword(keyword) or 0) for keyword in ("BodyPartExamined", "Laterality"))
 _DERIVED_TAGS = ["SOPClassUID", "SOPInstanceUID", "RescaleSlope", "ImagePositionPatient"]
 
 
@@ -191,8 +193,9 @@ def instance_bytes(content: Dataset, origin: Origin, series: CompanionSeries, nu
     _times(content, origin.clock)
     first = modules.copied(origin.source.first)
     encodings = convert_encodings(first.get("SpecificCharacterSet"))
-    subject = {tag: value for tag, value in encoded(first).items() if tag in _SUBJECT_TAGS}
-    for tag in [tag for tag in content.keys() if int(tag) in _SUBJECT_TAGS]:  # noqa: SIM118 (iterating reads elements)
+    taken = _SUBJECT_TAGS if content.Modality == "SR" else _SUBJECT_TAGS | _BODY_PART_TAGS
+    subject = {tag: value for tag, value in encoded(first).items() if tag in taken}
+    for tag in [tag for tag in content.keys() if int(tag) in taken]:  # noqa: SIM118 (iterating reads elements)
         del content[tag]
     missing = Dataset()
     for keyword in _TYPE_2:
